@@ -1,0 +1,1 @@
+"""The algorithm itself: update equations, penalty schedules and preconditioners. Imports torch alone."""

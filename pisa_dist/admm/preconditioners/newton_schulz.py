@@ -1,0 +1,108 @@
+"""NSISA's preconditioner: momentum orthogonalised by Newton-Schulz iterations."""
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from pisa_dist.admm.preconditioners.base import Preconditioned, Preconditioner, State
+from pisa_dist.admm.preconditioners.second_moment import SecondMoment
+from pisa_dist.admm.updates import Scalar
+from pisa_dist.checks import check_ranges
+
+# Quintic coefficients (Jordan et al., "Muon", 2024): steep at zero; singular values end between about 0.7 and 1.2.
+QUINTIC = (3.4445, -4.7750, 2.0315)
+# Keeps the zero matrix at zero instead of dividing by its norm.
+SMALLEST_NORM = 1e-7
+
+
+def newton_schulz(matrices: Tensor, *, steps: int = 5) -> Tensor:
+    """Approximate nearest orthogonal matrix (the polar factor U V' of M = U S V').
+
+    Starting from X = M / ||M||_F, `steps` times
+        X <- a X + (b A + c A A) X,   A = X X',
+    on the transpose where that makes A the smaller Gram matrix.
+
+    Args:
+        matrices: shape [..., rows, columns], floating point; the leading dimensions are batched.
+        steps: number of iterations, >= 1.
+
+    Returns:
+        Tensor of the same shape and dtype.
+    """
+    a, b, c = QUINTIC
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x: Tensor = matrices.mT if tall else matrices
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + SMALLEST_NORM)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if tall else x
+
+
+def momentum_update(momentum_buffer: Tensor, gradient: Tensor, *, momentum: float) -> Tensor:
+    """b_i <- mu b_i + g_i (NSISA, Algorithm 3)."""
+    return momentum * momentum_buffer + gradient
+
+
+def orthogonal_direction(momentum_buffer: Tensor, gradient: Tensor, *, momentum: float, steps: int) -> Tensor:
+    """o_i = NewtonSchulz(g_i + mu b_i), scaled by sqrt(max(1, rows / columns)) (NSISA, Algorithm 3).
+
+    Args:
+        momentum_buffer: b_i after its update, shape [..., rows, columns].
+        gradient: g_i, same shape.
+        momentum: mu in [0, 1).
+        steps: Newton-Schulz iterations, >= 1.
+    """
+    rows, columns = gradient.shape[-2:]
+    scale: float = max(1.0, rows / columns) ** 0.5
+    return scale * newton_schulz(gradient + momentum * momentum_buffer, steps=steps)
+
+
+@dataclass(frozen=True)
+class NewtonSchulz(Preconditioner):
+    """o_i in the gradient's place and Q_i = diag(|pi_i + o_i|) + eps (NSISA, Algorithm 3).
+
+    Convolutions [out, in, height, width] are flattened to matrices [out, in * height * width]. Vectors, scalars
+    and the parameters named in `sisa_parameters` take the step of `vectors` instead. Where pi_i + o_i is exactly
+    zero the paper perturbs it by eps^t to keep Q_i positive; eps in Q_i does so already, and the step stays zero.
+
+    Args:
+        momentum: mu in [0, 1).
+        newton_schulz_steps: iterations, >= 1.
+        eps: added to the diagonal, >= 0.
+        vectors: preconditioner of what is not orthogonalised.
+        sisa_parameters: shell patterns of parameter names, such as "*embedding*", that take the step of `vectors`.
+    """
+
+    momentum: float = 0.95
+    newton_schulz_steps: int = 5
+    eps: float = 1e-8
+    vectors: Preconditioner = field(default_factory=SecondMoment)
+    sisa_parameters: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_ranges(vars(self))
+
+    def init_state(self, dual: Tensor) -> State:  # noqa: D102 - as in the protocol
+        return {"momentum_buffer": torch.zeros_like(dual)}
+
+    def precondition(  # noqa: D102 - as in the protocol
+        self, state: State, dual: Tensor, gradient: Tensor, *, step: Scalar, shape: torch.Size
+    ) -> Preconditioned:
+        buffer = momentum_update(state["momentum_buffer"], gradient, momentum=self.momentum)
+        workers = gradient.shape[: gradient.ndim - len(shape)]
+        as_matrices = (*workers, shape[0], shape[1:].numel())
+        direction = orthogonal_direction(
+            buffer.reshape(as_matrices),
+            gradient.reshape(as_matrices),
+            momentum=self.momentum,
+            steps=self.newton_schulz_steps,
+        ).reshape(gradient.shape)
+        return Preconditioned(direction, (dual + direction).abs().add_(self.eps), {"momentum_buffer": buffer})
+
+    def for_parameter(self, name: str | None, shape: torch.Size) -> Preconditioner:
+        """This preconditioner for matrices and convolutions, `vectors` for the rest and what the user named."""
+        named = name is not None and any(fnmatchcase(name, pattern) for pattern in self.sisa_parameters)
+        return self.vectors if named or len(shape) < 2 else self

@@ -1,0 +1,137 @@
+"""The interface of a distributed method: what a worker does in a round, and what is made of the messages.
+
+A method is a dataclass of its hyperparameters, whose range checks run at construction, and three pure functions. It
+holds no state and knows no rank: state goes in and comes out, stacked over workers along dimension 0, so that the same
+lines serve one worker in a process or a thousand. The trainer owns the state, the data, the participants and the sum.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pisa_dist.checks import check_ranges
+
+Tensors = dict[str, Tensor]
+"""A tensor per trainable parameter, by the parameter's name, in the model's order."""
+
+State = dict[str, dict[str, Tensor]]
+"""State by parameter and kind, as in `torch.optim.Optimizer.state`: state["fc.weight"]["dual"]. That of workers is
+stacked: [num_workers_here, *parameter.shape]."""
+
+Gradients = Callable[[Tensors, int], Tensors]
+"""(local weights [workers, *shape], local step from 0) -> gradients of each worker's minibatch loss, same shapes."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a method may know of the round that it computes, for the workers that are present on this rank.
+
+    Attributes:
+        number: t, from 1.
+        num_local_steps: gradient steps that each worker takes.
+        weights: consensus weights w by name, [*shape] each.
+        worker_weight: alpha_i of the present workers here, shape [workers]; all workers of the run sum to 1.
+        present_weight: sum of alpha_i over all workers that are present in this round, on any rank.
+        num_participations: t_i, how often each present worker has taken part, this round included, shape [workers].
+        gradients: the gradient oracle.
+    """
+
+    number: int
+    num_local_steps: int
+    weights: Tensors
+    worker_weight: Tensor
+    present_weight: float
+    num_participations: Tensor
+    gradients: Gradients
+
+    def stacked_weights(self) -> Tensors:
+        """The consensus weights as every present worker's own copy, [workers, *shape], without copying memory."""
+        return {name: w.expand(len(self.worker_weight), *w.shape) for name, w in self.weights.items()}
+
+
+class LocalResult(NamedTuple):
+    """Outcome of the local work of the present workers on this rank."""
+
+    state: State  # next state of the present workers, stacked
+    message: dict[str, Tensor]  # what they send, weighted and summed over them; keys are the method's own
+    primal_residual: Tensor | None = None  # sum_i alpha_i ||w_i - w||^2, a scalar; None where w_i has no meaning
+
+
+class ConsensusResult(NamedTuple):
+    """Outcome of the consensus, the same on every rank."""
+
+    weights: Tensors  # next consensus weights
+    shared: State  # next shared state
+    penalty: float | None = None  # sum_i alpha_i sigma_i, where the method has one
+
+
+class Algorithm(ABC):
+    """A distributed method. A subclass in `pisa_dist/algorithms/` is found by its name: `class FedAvg(..., name="fedavg")`.
+
+    Fields are hyperparameters with the names that YAML and the command line use. They are the structured config.
+    """
+
+    registry: ClassVar[dict[str, type["Algorithm"]]] = {}
+    name: ClassVar[str] = ""
+    takes_local_steps: ClassVar[bool] = False
+
+    def __init_subclass__(cls, *, name: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = name
+        if name:
+            Algorithm.registry[name] = cls
+
+    def __post_init__(self) -> None:
+        check_ranges(vars(self), prefix="algorithm.", optional=("preconditioner_bound",))
+
+    def init_worker_state(self, parameters: Tensors, num_workers: int) -> State:
+        """State of `num_workers` new workers, stacked: [num_workers, *shape] each. None by default."""
+        return {}
+
+    def init_shared_state(self, parameters: Tensors) -> State:
+        """State that every rank holds alike, such as a server's momentum. None by default."""
+        return {}
+
+    @abstractmethod
+    def local_work(self, round_: Round, state: State) -> LocalResult:
+        """What the present workers of this rank do, and the sum of what they send. Changes none of its inputs.
+
+        Args:
+            round_: the round; its gradient oracle gives stacked gradients.
+            state: state of the present workers, stacked; there may be none of them (dimension 0 is empty).
+        """
+
+    def standing_message(self, state: State, worker_weight: Tensor) -> dict[str, Tensor]:
+        """What absent workers' memory adds to the sum without them working; nothing by default.
+
+        Keys are among those of the message.
+
+        Args:
+            state: state of the absent workers hosted here, stacked.
+            worker_weight: their alpha_i, shape [workers].
+        """
+        return {}
+
+    @abstractmethod
+    def consensus(self, round_: Round, message_sum: dict[str, Tensor], shared: State) -> ConsensusResult:
+        """Next weights from the sum of all messages; every rank computes the same. Changes none of its inputs."""
+
+
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """Per-worker numbers [workers] shaped to multiply stacked tensors such as `like` [workers, *shape]."""
+    return values.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+
+def weighted_sum(values: Tensor, worker_weight: Tensor) -> Tensor:
+    """sum_i alpha_i x_i over the workers of stacked x, [workers, *shape] -> [*shape]."""
+    return torch.tensordot(worker_weight.to(values.dtype), values, dims=1)
+
+
+def squared_distance(displacements: Tensors, worker_weight: Tensor) -> Tensor:
+    """sum_i alpha_i ||u_i||^2 for stacked displacements u_i of all parameters, a scalar in float64."""
+    per_worker = [u.flatten(1).double().square().sum(1) for u in displacements.values()]
+    return torch.stack(per_worker).sum(0) @ worker_weight.double()

@@ -1,0 +1,143 @@
+"""PISA, SISA and NSISA: Algorithms 1 to 3 of arXiv 2502.10784, through the same `worker_step` as the optimizers."""
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from pisa_dist.admm.penalty import divided_by_lr, grown_penalty
+from pisa_dist.admm.preconditioners import SCHEMES, Identity, NewtonSchulz, Preconditioner, SecondMoment
+from pisa_dist.admm.updates import consensus_update, state_dtype
+from pisa_dist.admm.worker import worker_step
+from pisa_dist.algorithms.base import (
+    Algorithm,
+    ConsensusResult,
+    LocalResult,
+    Round,
+    State,
+    Tensors,
+    column,
+    squared_distance,
+    weighted_sum,
+)
+from pisa_dist.checks import check_choice
+
+
+@dataclass
+class ADMM(Algorithm):
+    """What the three methods share; a subclass names its preconditioner. Knobs as in `pisa_dist.PISA`."""
+
+    penalty: float = 1.0
+    preconditioner_scale: float = 1.0
+    consensus_l2: float = 0.0
+    penalty_growth: float = 1.0
+    penalty_growth_interval: int = 1
+    lr: float = 1.0
+
+    @abstractmethod
+    def rule(self) -> Preconditioner:
+        """The rule for Q_i."""
+
+    def penalty_at(self, round_number: int) -> float:
+        """sigma_i of a round. It grows for absent workers too, so that every rank knows sum_i alpha_i sigma_i."""
+        grown = grown_penalty(
+            self.penalty, step=round_number, growth=self.penalty_growth, interval=self.penalty_growth_interval
+        )
+        return divided_by_lr(grown, self.lr)
+
+    def init_worker_state(self, parameters: Tensors, num_workers: int) -> State:
+        """Zero duals, and the preconditioner's state."""
+        state: State = {}
+        for name, parameter in parameters.items():
+            dual = parameter.new_zeros((num_workers, *parameter.shape), dtype=state_dtype(parameter.dtype))
+            rule = self.rule().for_parameter(name, parameter.shape)
+            state[name] = {"dual": dual, **rule.init_state(dual)}
+        return state
+
+    def local_work(self, round_: Round, state: State) -> LocalResult:
+        """One gradient at the consensus weights, then one `worker_step` per parameter."""
+        gradients = round_.gradients(round_.stacked_weights(), 0)
+        new_state: State = {}
+        message: Tensors = {}
+        displacements: Tensors = {}
+        for name, weights in round_.weights.items():
+            memory = dict(state[name])
+            dual = memory.pop("dual")
+            step = worker_step(
+                dual,
+                memory,
+                gradients[name].to(dual.dtype),
+                preconditioner=self.rule().for_parameter(name, weights.shape),
+                penalty=self.penalty_at(round_.number),
+                preconditioner_scale=divided_by_lr(self.preconditioner_scale, self.lr),
+                worker_weight=column(round_.worker_weight, dual),
+                step=round_.num_participations.double().view(-1, *[1] * weights.ndim),
+                shape=weights.shape,
+            )
+            new_state[name] = {"dual": step.dual, **step.preconditioner_state}
+            message[name] = step.message.sum(0)
+            displacements[name] = step.displacement
+        return LocalResult(new_state, message, squared_distance(displacements, round_.worker_weight))
+
+    def standing_message(self, state: State, worker_weight: Tensor) -> Tensors:
+        """An absent worker's dual keeps standing for its data: alpha_i pi_i, with u_i = 0."""
+        return {name: weighted_sum(memory["dual"], worker_weight) for name, memory in state.items()}
+
+    def consensus(self, round_: Round, message_sum: Tensors, shared: State) -> ConsensusResult:
+        """`consensus_update`, with sum_i alpha_i sigma_i = sigma because all workers have one penalty."""
+        penalty = self.penalty_at(round_.number)
+        weights = {
+            name: consensus_update(
+                w.to(message_sum[name].dtype),
+                message_sum[name],
+                penalty_sum=penalty,
+                consensus_l2=self.consensus_l2,
+            ).to(w.dtype)
+            for name, w in round_.weights.items()
+        }
+        return ConsensusResult(weights, shared, penalty)
+
+
+@dataclass
+class Pisa(ADMM, name="pisa"):
+    """PISA, Algorithm 1, with Q_i = I: u_i = -(pi_i + g_i) / (sigma_i + rho_i)."""
+
+    def rule(self) -> Preconditioner:  # noqa: D102 - as in ADMM
+        return Identity()
+
+
+@dataclass
+class Sisa(ADMM, name="sisa"):
+    """SISA, Algorithm 2. Knobs as in `pisa_dist.SISA`."""
+
+    preconditioner_scale: float = 100.0
+    preconditioner: str = "adam"
+    second_moment_decay: float = 0.999
+    eps: float = 1e-8
+    preconditioner_bound: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("algorithm.preconditioner", self.preconditioner, SCHEMES)
+
+    def rule(self) -> Preconditioner:  # noqa: D102 - as in ADMM
+        return SecondMoment(self.preconditioner, self.second_moment_decay, self.eps, self.preconditioner_bound)
+
+
+@dataclass
+class Nsisa(ADMM, name="nsisa"):
+    """NSISA, Algorithm 3. Knobs as in `pisa_dist.NSISA`."""
+
+    penalty: float = 50.0
+    momentum: float = 0.95
+    newton_schulz_steps: int = 5
+    eps: float = 1e-8
+    second_moment_decay: float = 0.999
+    preconditioner_bound: float | None = None
+    sisa_parameters: list[str] = field(default_factory=list)
+
+    def rule(self) -> Preconditioner:  # noqa: D102 - as in ADMM
+        vectors = SecondMoment("adam", self.second_moment_decay, self.eps, self.preconditioner_bound)
+        return NewtonSchulz(
+            self.momentum, self.newton_schulz_steps, self.eps, vectors, sisa_parameters=tuple(self.sisa_parameters)
+        )

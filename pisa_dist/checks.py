@@ -1,0 +1,99 @@
+"""Range checks whose errors name key, symbol, range and value; each knob is declared once."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+
+class Range(NamedTuple):
+    """Values that a knob may take: `low` to `high`, the ends included where the flag says so."""
+
+    low: float
+    high: float = math.inf
+    low_included: bool = True
+    high_included: bool = False
+    symbol: str = ""
+    integer: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return False
+        if self.integer and not isinstance(value, int):
+            return False
+        above = value >= self.low if self.low_included else value > self.low
+        below = value <= self.high if self.high_included else value < self.high
+        return above and below
+
+    def __str__(self) -> str:
+        kind = "an integer " if self.integer else ""
+        if self.high == math.inf:
+            return f"{kind}{'>=' if self.low_included else '>'} {self.low:g}"
+        opening, closing = "(["[self.low_included], ")]"[self.high_included]
+        return f"{kind}in {opening}{self.low:g}, {self.high:g}{closing}"
+
+
+def _positive(symbol: str = "") -> Range:
+    return Range(0.0, low_included=False, symbol=symbol)
+
+
+def _count(low: int = 1) -> Range:
+    return Range(low, integer=True)
+
+
+RANGES: dict[str, Range] = {
+    "penalty": _positive("sigma"),
+    "preconditioner_scale": Range(0.0, symbol="rho"),
+    "second_moment_decay": Range(0.0, 1.0, symbol="beta"),
+    "momentum": Range(0.0, 1.0, symbol="mu"),
+    "eps": Range(0.0),
+    "preconditioner_bound": _positive("eta"),
+    "consensus_l2": Range(0.0, symbol="lambda"),
+    "penalty_growth": Range(1.0, symbol="1/gamma"),
+    "penalty_growth_interval": _count(),
+    "newton_schulz_steps": _count(),
+    "lr": _positive(),
+    "weight_decay": Range(0.0),
+    "worker_weight": _positive("alpha"),
+    "num_workers": _count(),
+    "rounds": _count(),
+    "batch_size": _count(),
+    "local_steps": _count(),
+    "participation": Range(0.0, 1.0, low_included=False, high_included=True),
+    "seed": Range(0, 2**32 - 1, high_included=True, integer=True),
+    "eval_every": _count(),
+    "every": _count(0),
+    "num_train": _count(),
+    "labels_per_worker": _count(),
+    "dirichlet_concentration": _positive("beta"),
+    "noise_level": Range(0.0),
+}
+
+
+def check_ranges(values: Mapping[str, Any], *, prefix: str = "", optional: Sequence[str] = ()) -> None:
+    """Refuse the first value that lies outside its knob's range.
+
+    Args:
+        values: value of each knob by its name; names without a declared range are passed over.
+        prefix: where the knobs stand in the configuration, such as "algorithm."; empty for a Python call.
+        optional: knobs that may be None.
+
+    Raises:
+        ValueError: "`algorithm.penalty` (sigma) must be > 0, got -1.0".
+    """
+    for name, value in values.items():
+        if name not in RANGES or (value is None and name in optional):
+            continue
+        allowed = RANGES[name]
+        if value not in allowed:
+            symbol = f" ({allowed.symbol})" if allowed.symbol else ""
+            raise ValueError(f"`{prefix}{name}`{symbol} must be {allowed}, got {value!r}")
+
+
+def check_choice(key: str, value: object, choices: Sequence[str]) -> None:
+    """Refuse a value that is not one of the names in `choices`.
+
+    Raises:
+        ValueError: "`on_nonfinite` must be one of raise, skip, got 'ignore'".
+    """
+    if value not in choices:
+        raise ValueError(f"`{key}` must be one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,106 @@
+"""How messages become one sum: in one process, or with one all-reduce of one flat buffer."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class MessageBuffer:
+    """One flat buffer that holds a message: a tensor per parameter and a few scalars behind them.
+
+    Everything that ranks exchange in an iteration lies in it, so that one collective suffices.
+
+    Args:
+        shapes: shape of each tensor of the message.
+        num_scalars: number of scalars behind the tensors.
+        dtype: floating type of the whole buffer.
+        device: where it lives.
+    """
+
+    def __init__(
+        self, shapes: Sequence[torch.Size], num_scalars: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        sizes = [shape.numel() for shape in shapes]
+        self.flat = torch.zeros(sum(sizes) + num_scalars, dtype=dtype, device=device)
+        *pieces, self.scalars = torch.split(self.flat, [*sizes, num_scalars])
+        self.tensors: list[Tensor] = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that one sender puts on the wire, before the collective's own factor."""
+        return self.flat.numel() * self.flat.element_size()
+
+
+class Consensus(ABC):
+    """Sums what the ranks hold. The only place from which a training iteration communicates."""
+
+    num_ranks: int = 1
+    rank: int = 0
+
+    @abstractmethod
+    def sum_(self, buffer: Tensor) -> None:
+        """Replace `buffer` by its sum over all ranks, in place; every rank must call it with the same shape."""
+
+    def sum_message(self, tensors: Sequence[Tensor], scalars: Tensor) -> MessageBuffer:
+        """Sum a message over all ranks, in one collective.
+
+        Args:
+            tensors: the message, in an order that is the same on every rank; copied, not changed.
+            scalars: 1-d tensor of numbers that ride along.
+
+        Returns:
+            The buffer with the sums, in the widest type among the tensors.
+        """
+        dtype = scalars.dtype
+        for tensor in tensors:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        buffer = MessageBuffer([t.shape for t in tensors], len(scalars), dtype=dtype, device=scalars.device)
+        torch._foreach_copy_([*buffer.tensors, buffer.scalars], [*tensors, scalars])
+        self.sum_(buffer.flat)
+        return buffer
+
+
+class InProcess(Consensus):
+    """All workers live in this process: the sum is there already."""
+
+    def sum_(self, buffer: Tensor) -> None:
+        """Nothing to add: there is one rank."""
+
+
+class AllReduce(Consensus):
+    """One `torch.distributed.all_reduce` over a process group.
+
+    Args:
+        process_group: the ranks that take part; None for the default group.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        self.process_group = process_group
+        self.num_ranks = dist.get_world_size(process_group)
+        self.rank = dist.get_rank(process_group)
+
+    def sum_(self, buffer: Tensor) -> None:
+        """Sum over the ranks of the process group.
+
+        Raises:
+            RuntimeError: naming collective and rank when another rank is gone or the group's timeout has passed.
+        """
+        try:
+            dist.all_reduce(buffer, group=self.process_group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the consensus all-reduce of {buffer.numel()} numbers failed on rank {self.rank} of "
+                f"{self.num_ranks}: another rank has stopped or does not answer ({error})"
+            ) from error
+
+
+def make_consensus(process_group: dist.ProcessGroup | None = None) -> Consensus:
+    """`AllReduce` over the process group where there is more than one rank, else `InProcess`."""
+    if not (dist.is_available() and dist.is_initialized()):
+        if process_group is not None:
+            raise ValueError("`process_group` was given, but torch.distributed is not initialised")
+        return InProcess()
+    return AllReduce(process_group) if dist.get_world_size(process_group) > 1 else InProcess()

@@ -1,0 +1,106 @@
+"""Process groups, ranks and devices, and the start-up check that all ranks hold the same model."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def select_device(name: str, *, local_rank: int = 0) -> torch.device:
+    """The device called `name`; "auto" is this rank's CUDA device where there is one, else the CPU.
+
+    Raises:
+        ValueError: the name is no device, or the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"`device` must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        index = local_rank % max(count, 1) if device.index is None else device.index
+        if index >= count:
+            raise ValueError(f"`device` must be one of the {count} CUDA devices of this machine, got {name!r}")
+        return torch.device("cuda", index)
+    if device.type != "cpu":
+        raise ValueError(f"`device` must be auto, cpu, cuda or cuda:N, got {name!r}")
+    return device
+
+
+def launched_ranks() -> tuple[int, int, int]:
+    """(rank, number of ranks, local rank) as torchrun or srun set them in the environment; (0, 1, 0) alone.
+
+    Under srun the rendezvous is taken from Slurm's own variables, unless MASTER_ADDR is set.
+    """
+    environ = os.environ
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", 0))
+    if "SLURM_PROCID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        rank, count = int(environ["SLURM_PROCID"]), int(environ["SLURM_STEP_NUM_TASKS"])
+        return rank, count, int(environ.get("SLURM_LOCALID", 0))
+    return 0, 1, 0
+
+
+@contextmanager
+def process_group(device: torch.device, *, timeout: timedelta = timedelta(minutes=10)) -> Iterator[None]:
+    """Join the process group that torchrun or srun launched; do nothing alone or where one exists already."""
+    rank, num_ranks, _ = launched_ranks()
+    if num_ranks == 1 or dist.is_initialized():
+        yield
+        return
+    os.environ.setdefault("MASTER_ADDR", os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+    # One port per job: two jobs of one user on one node must not meet.
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=num_ranks, timeout=timeout)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def require_same(description: Sequence[str], *, group: dist.ProcessGroup | None, device: torch.device) -> None:
+    """Check that every rank describes its model alike, so that a mismatch is an error and never a hang.
+
+    Args:
+        description: a line per parameter or setting that must agree.
+        group: the ranks that take part; None for the default group.
+        device: where tensors for the group's backend must live.
+
+    Raises:
+        ValueError: on every rank, naming the first line that differs and the two ranks.
+    """
+    digest = hashlib.sha256("\n".join(description).encode()).digest()[:8]
+    mine = torch.tensor([int.from_bytes(digest, "little", signed=True)], device=device)
+    digests = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(digests, mine, group=group)
+    values = [int(value) for value in digests]
+    if len(set(values)) == 1:
+        return
+    # Every rank has seen the same digests, so every rank gets here and the second collective cannot hang.
+    descriptions: list[list[str]] = [[] for _ in values]
+    dist.all_gather_object(descriptions, list(description), group=group)
+    other = next(rank for rank, value in enumerate(values) if value != values[0])
+    first, second = descriptions[0], descriptions[other]
+    length = max(len(first), len(second))
+    padded = [lines + ["nothing"] * (length - len(lines)) for lines in (first, second)]
+    here, there = next((a, b) for a, b in zip(*padded, strict=True) if a != b)
+    raise ValueError(f"the models differ across ranks: rank 0 has {here}, rank {other} has {there}")
+
+
+def broadcast_(tensors: Sequence[Tensor], *, group: dist.ProcessGroup | None) -> None:
+    """Overwrite tensors by those of the group's first rank, one broadcast per floating type."""
+    for dtype in sorted({t.dtype for t in tensors}, key=str):
+        same = [t for t in tensors if t.dtype == dtype]
+        flat = torch.cat([t.detach().flatten() for t in same])
+        dist.broadcast(flat, group_src=0, group=group)
+        with torch.no_grad():
+            for tensor, piece in zip(same, torch.split(flat, [t.numel() for t in same]), strict=True):
+                tensor.copy_(piece.view_as(tensor))

@@ -1,0 +1,205 @@
+"""PISA, SISA and NSISA as drop-in `torch.optim.Optimizer`s: one worker per rank, one all-reduce per step."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch.distributed as dist
+
+from pisa_dist.admm.preconditioners import Identity, NewtonSchulz, Preconditioner, SecondMoment
+from pisa_dist.optim_base import ADMMOptimizer, ParamGroup
+
+
+class PISA(ADMMOptimizer):
+    """Preconditioned inexact stochastic ADMM (Algorithm 1 of arXiv 2502.10784) with any preconditioner.
+
+    Every rank is one worker: its gradients stay local, so no DDP wrapper is needed. `step()` takes the local step,
+    sums primal-plus-dual terms with one all-reduce and leaves the next consensus weights in the parameters. At
+    construction rank 0's weights are copied to all ranks; the process group must exist by then.
+
+    Two knobs matter: 1/penalty is the long-run step size, and
+    preconditioner_scale * Q / (penalty + preconditioner_scale * Q) the momentum. A parameter without a gradient
+    counts as one whose gradient is zero.
+
+    Args:
+        params: parameters, named parameters or parameter groups; the float settings may differ by group.
+        preconditioner: the rule for Q_i; None is the identity.
+        penalty: sigma_i > 0, gradient per weight.
+        preconditioner_scale: rho_i >= 0, gradient per weight and unit of Q.
+        consensus_l2: lambda >= 0, gradient per weight; the same on every rank.
+        penalty_growth: 1/gamma_i >= 1, factor on the penalty.
+        penalty_growth_interval: steps from one growth to the next, >= 1.
+        lr: > 0, divides penalty and preconditioner_scale; the knob for `torch.optim.lr_scheduler`.
+        worker_weight: alpha_i > 0, such as this worker's number of samples; normalised over the workers.
+            None on every rank weights all alike.
+        process_group: the ranks that are workers; None is the default group, or one worker where there is none.
+        on_nonfinite: what a NaN or infinite gradient on any rank does, on every rank: "raise" FloatingPointError,
+            or "skip" the step. Weights and state stay as they were either way.
+
+    Raises:
+        ValueError: a setting out of range, or ranks whose parameters differ in shape, type or number.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        preconditioner: Preconditioner | None = None,
+        penalty: float = 1.0,
+        preconditioner_scale: float = 1.0,
+        consensus_l2: float = 0.0,
+        penalty_growth: float = 1.0,
+        penalty_growth_interval: int = 1,
+        lr: float = 1.0,
+        worker_weight: float | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        on_nonfinite: str = "raise",
+    ) -> None:
+        self._preconditioner = preconditioner or Identity()
+        defaults = {
+            "penalty": penalty,
+            "preconditioner_scale": preconditioner_scale,
+            "consensus_l2": consensus_l2,
+            "penalty_growth": penalty_growth,
+            "penalty_growth_interval": penalty_growth_interval,
+            "lr": lr,
+        }
+        super().__init__(
+            params, defaults, worker_weight=worker_weight, process_group=process_group, on_nonfinite=on_nonfinite
+        )
+
+    def _group_preconditioner(self, group: ParamGroup) -> Preconditioner:
+        return self._preconditioner
+
+
+class SISA(ADMMOptimizer):
+    """Second-moment-based inexact stochastic ADMM (Algorithm 2 of arXiv 2502.10784).
+
+    Q_i = diag(sqrt(m_i)) + eps, m_i the second moment of pi_i + g_i. State per parameter: dual and second moment,
+    as much as AdamW's. Arguments that are not listed are those of `PISA`.
+
+    Args:
+        params: parameters, named parameters or parameter groups; every setting of this list may differ by group.
+        penalty: sigma_i > 0; 1/penalty is the long-run step size.
+        preconditioner_scale: rho_i >= 0; rho Q / (sigma + rho Q) is the momentum.
+        preconditioner: scheme of the second moment: "adam", "rmsprop" or "adagrad".
+        second_moment_decay: beta in [0, 1).
+        eps: added to sqrt(m_i), >= 0.
+        preconditioner_bound: eta_i > 0 clips |pi_i + g_i| in the second moment; None for no bound.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        penalty: float = 1.0,
+        preconditioner_scale: float = 100.0,
+        preconditioner: str = "adam",
+        second_moment_decay: float = 0.999,
+        eps: float = 1e-8,
+        preconditioner_bound: float | None = None,
+        consensus_l2: float = 0.0,
+        penalty_growth: float = 1.0,
+        penalty_growth_interval: int = 1,
+        lr: float = 1.0,
+        worker_weight: float | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        on_nonfinite: str = "raise",
+    ) -> None:
+        defaults = {
+            "penalty": penalty,
+            "preconditioner_scale": preconditioner_scale,
+            "preconditioner": preconditioner,
+            "second_moment_decay": second_moment_decay,
+            "eps": eps,
+            "preconditioner_bound": preconditioner_bound,
+            "consensus_l2": consensus_l2,
+            "penalty_growth": penalty_growth,
+            "penalty_growth_interval": penalty_growth_interval,
+            "lr": lr,
+        }
+        super().__init__(
+            params, defaults, worker_weight=worker_weight, process_group=process_group, on_nonfinite=on_nonfinite
+        )
+
+    def _group_preconditioner(self, group: ParamGroup) -> Preconditioner:
+        return SecondMoment(
+            scheme=group["preconditioner"],
+            second_moment_decay=group["second_moment_decay"],
+            eps=group["eps"],
+            preconditioner_bound=group["preconditioner_bound"],
+        )
+
+
+class NSISA(ADMMOptimizer):
+    """Newton-Schulz-based inexact stochastic ADMM (Algorithm 3 of arXiv 2502.10784).
+
+    Matrices, and convolutions flattened to matrices, step along the orthogonalised momentum; vectors, scalars,
+    parameter groups with `orthogonalize=False` and the names in `sisa_parameters` take the SISA (adam) step.
+    Arguments that are not listed are those of `PISA`.
+
+    Args:
+        params: as in `SISA`; pass `model.named_parameters()` to use `sisa_parameters`.
+        penalty: sigma_i > 0; 1/penalty is the long-run step size along orthogonal directions.
+        preconditioner_scale: rho_i >= 0.
+        momentum: mu in [0, 1).
+        newton_schulz_steps: iterations, >= 1.
+        eps: added to the diagonal of Q_i, >= 0.
+        second_moment_decay: beta in [0, 1) of the SISA step.
+        preconditioner_bound: eta_i > 0 of the SISA step; None for no bound.
+        sisa_parameters: shell patterns of parameter names that take the SISA step, such as "*embedding*".
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        penalty: float = 50.0,
+        preconditioner_scale: float = 1.0,
+        momentum: float = 0.95,
+        newton_schulz_steps: int = 5,
+        eps: float = 1e-8,
+        second_moment_decay: float = 0.999,
+        preconditioner_bound: float | None = None,
+        sisa_parameters: Iterable[str] = (),
+        consensus_l2: float = 0.0,
+        penalty_growth: float = 1.0,
+        penalty_growth_interval: int = 1,
+        lr: float = 1.0,
+        worker_weight: float | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        on_nonfinite: str = "raise",
+    ) -> None:
+        defaults = {
+            "penalty": penalty,
+            "preconditioner_scale": preconditioner_scale,
+            "momentum": momentum,
+            "newton_schulz_steps": newton_schulz_steps,
+            "eps": eps,
+            "second_moment_decay": second_moment_decay,
+            "preconditioner_bound": preconditioner_bound,
+            "sisa_parameters": tuple(sisa_parameters),
+            "orthogonalize": True,
+            "consensus_l2": consensus_l2,
+            "penalty_growth": penalty_growth,
+            "penalty_growth_interval": penalty_growth_interval,
+            "lr": lr,
+        }
+        super().__init__(
+            params, defaults, worker_weight=worker_weight, process_group=process_group, on_nonfinite=on_nonfinite
+        )
+
+    def _group_preconditioner(self, group: ParamGroup) -> Preconditioner:
+        vectors = SecondMoment(
+            second_moment_decay=group["second_moment_decay"],
+            eps=group["eps"],
+            preconditioner_bound=group["preconditioner_bound"],
+        )
+        if not group["orthogonalize"]:
+            return vectors
+        return NewtonSchulz(
+            momentum=group["momentum"],
+            newton_schulz_steps=group["newton_schulz_steps"],
+            eps=group["eps"],
+            vectors=vectors,
+            sisa_parameters=tuple(group["sisa_parameters"]),
+        )
