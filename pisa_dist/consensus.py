@@ -8,6 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class ConsensusError(RuntimeError):
+    """A collective failed: a rank has stopped, or does not answer within the process group's timeout."""
+
+
 class MessageBuffer:
     """One flat buffer that holds a message: a tensor per parameter and a few scalars behind them.
 
@@ -44,21 +48,22 @@ class Consensus(ABC):
     def sum_(self, buffer: Tensor) -> None:
         """Replace `buffer` by its sum over all ranks, in place; every rank must call it with the same shape."""
 
-    def sum_message(self, tensors: Sequence[Tensor], scalars: Tensor) -> MessageBuffer:
+    def sum_message(self, tensors: Sequence[Tensor], scalars: Sequence[float]) -> MessageBuffer:
         """Sum a message over all ranks, in one collective.
 
         Args:
             tensors: the message, in an order that is the same on every rank; copied, not changed.
-            scalars: 1-d tensor of numbers that ride along.
+            scalars: numbers that ride along, in the precision of the tensors.
 
         Returns:
-            The buffer with the sums, in the widest type among the tensors.
+            The buffer with the sums, in the widest type among the tensors, float32 at least.
         """
-        dtype = scalars.dtype
+        dtype = torch.float32
         for tensor in tensors:
             dtype = torch.promote_types(dtype, tensor.dtype)
-        buffer = MessageBuffer([t.shape for t in tensors], len(scalars), dtype=dtype, device=scalars.device)
-        torch._foreach_copy_([*buffer.tensors, buffer.scalars], [*tensors, scalars])
+        buffer = MessageBuffer([t.shape for t in tensors], len(scalars), dtype=dtype, device=tensors[0].device)
+        torch._foreach_copy_(buffer.tensors, list(tensors))
+        buffer.scalars.copy_(torch.tensor(scalars, dtype=dtype))
         self.sum_(buffer.flat)
         return buffer
 
@@ -86,12 +91,12 @@ class AllReduce(Consensus):
         """Sum over the ranks of the process group.
 
         Raises:
-            RuntimeError: naming collective and rank when another rank is gone or the group's timeout has passed.
+            ConsensusError: naming collective and rank when another rank is gone or the group's timeout has passed.
         """
         try:
             dist.all_reduce(buffer, group=self.process_group)
         except RuntimeError as error:
-            raise RuntimeError(
+            raise ConsensusError(
                 f"the consensus all-reduce of {buffer.numel()} numbers failed on rank {self.rank} of "
                 f"{self.num_ranks}: another rank has stopped or does not answer ({error})"
             ) from error

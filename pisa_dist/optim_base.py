@@ -155,9 +155,7 @@ class ADMMOptimizer(torch.optim.Optimizer):
             messages = [step.message for step in steps]
         scalars = [*fault_scalars(fault), float(has_overflow), weight]
         scalars += [weight * group["penalty"] for group in settings]
-        total = self._consensus.sum_message(
-            messages, torch.tensor(scalars, dtype=messages[0].dtype, device=messages[0].device)
-        )
+        total = self._consensus.sum_message(messages, scalars)
         sums = total.scalars.tolist()
         self._refuse_or_commit(slots, fault, steps, total.tensors, sums)
         return loss

@@ -13,7 +13,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from pisa_dist.checks import check_ranges
+from pisa_dist.admm.updates import state_dtype
+from pisa_dist.checks import check_choice, check_ranges
 
 Tensors = dict[str, Tensor]
 """A tensor per trainable parameter, by the parameter's name, in the model's order."""
@@ -69,24 +70,34 @@ class ConsensusResult(NamedTuple):
     penalty: float | None = None  # sum_i alpha_i sigma_i, where the method has one
 
 
+@dataclass
 class Algorithm(ABC):
-    """A distributed method. A subclass in `pisa_dist/algorithms/` is found by its name: `class FedAvg(..., name="fedavg")`.
+    """A distributed method. A dataclass in this folder that sets `name` is found by it: no list to edit.
 
     Fields are hyperparameters with the names that YAML and the command line use. They are the structured config.
     """
 
     registry: ClassVar[dict[str, type["Algorithm"]]] = {}
-    name: ClassVar[str] = ""
     takes_local_steps: ClassVar[bool] = False
 
-    def __init_subclass__(cls, *, name: str = "", **kwargs: Any) -> None:
+    name: str = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.name = name
-        if name:
-            Algorithm.registry[name] = cls
+        if "name" in vars(cls):
+            Algorithm.registry[cls.name] = cls
 
     def __post_init__(self) -> None:
+        check_choice("algorithm.name", self.name, (type(self).name,))
         check_ranges(vars(self), prefix="algorithm.", optional=("preconditioner_bound",))
+
+    def check_local_steps(self, local_steps: int) -> None:
+        """Refuse more than one local step where the method communicates after every gradient."""
+        if local_steps > 1 and not self.takes_local_steps:
+            raise ValueError(
+                f"`local_steps` must be 1 for algorithm={self.name}, which communicates after every gradient, "
+                f"got {local_steps}: raise batch_size instead"
+            )
 
     def init_worker_state(self, parameters: Tensors, num_workers: int) -> State:
         """State of `num_workers` new workers, stacked: [num_workers, *shape] each. None by default."""
@@ -127,11 +138,14 @@ def column(values: Tensor, like: Tensor) -> Tensor:
 
 
 def weighted_sum(values: Tensor, worker_weight: Tensor) -> Tensor:
-    """sum_i alpha_i x_i over the workers of stacked x, [workers, *shape] -> [*shape]."""
-    return torch.tensordot(worker_weight.to(values.dtype), values, dims=1)
+    """sum_i alpha_i x_i over the workers of stacked x, [workers, *shape] -> [*shape], in float32 at least."""
+    values = values.to(state_dtype(values.dtype))
+    total: Tensor = torch.tensordot(worker_weight.to(values.dtype), values, dims=1)
+    return total
 
 
 def squared_distance(displacements: Tensors, worker_weight: Tensor) -> Tensor:
     """sum_i alpha_i ||u_i||^2 for stacked displacements u_i of all parameters, a scalar in float64."""
     per_worker = [u.flatten(1).double().square().sum(1) for u in displacements.values()]
-    return torch.stack(per_worker).sum(0) @ worker_weight.double()
+    total: Tensor = torch.stack(per_worker).sum(0) @ worker_weight.double()
+    return total

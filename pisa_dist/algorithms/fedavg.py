@@ -17,18 +17,21 @@ from pisa_dist.algorithms.base import (
 
 
 @dataclass
-class FedAvg(Algorithm, name="fedavg"):
+class FedAvg(Algorithm):
     """FedAvg (McMahan, Moore, Ramage, Hampson, Aguera y Arcas, AISTATS 2017).
 
-    Each present worker takes `local_steps` steps of SGD from the consensus weights; momentum starts at zero in each
-    round:  b <- mu b + g + weight_decay w_i,  w_i <- w_i - lr b.  Then  w <- w + sum_i alpha_i (w_i - w) / sum_i alpha_i
-    over the present workers.
+    Each present worker takes `local_steps` steps of SGD from the consensus weights, momentum starting at zero:
+        b <- mu b + g + weight_decay w_i,   w_i <- w_i - lr b
+    Then, over the present workers,
+        w <- w + sum_i alpha_i (w_i - w) / sum_i alpha_i
 
     Attributes:
         lr: step size > 0.
         momentum: mu in [0, 1).
         weight_decay: L2 coefficient >= 0 of the local objective.
     """
+
+    name: str = "fedavg"
 
     takes_local_steps = True
 

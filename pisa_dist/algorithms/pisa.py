@@ -99,16 +99,20 @@ class ADMM(Algorithm):
 
 
 @dataclass
-class Pisa(ADMM, name="pisa"):
+class Pisa(ADMM):
     """PISA, Algorithm 1, with Q_i = I: u_i = -(pi_i + g_i) / (sigma_i + rho_i)."""
+
+    name: str = "pisa"
 
     def rule(self) -> Preconditioner:  # noqa: D102 - as in ADMM
         return Identity()
 
 
 @dataclass
-class Sisa(ADMM, name="sisa"):
+class Sisa(ADMM):
     """SISA, Algorithm 2. Knobs as in `pisa_dist.SISA`."""
+
+    name: str = "sisa"
 
     preconditioner_scale: float = 100.0
     preconditioner: str = "adam"
@@ -125,8 +129,10 @@ class Sisa(ADMM, name="sisa"):
 
 
 @dataclass
-class Nsisa(ADMM, name="nsisa"):
+class Nsisa(ADMM):
     """NSISA, Algorithm 3. Knobs as in `pisa_dist.NSISA`."""
+
+    name: str = "nsisa"
 
     penalty: float = 50.0
     momentum: float = 0.95

@@ -19,7 +19,7 @@ from pisa_dist.algorithms.base import (
 
 
 @dataclass
-class Synchronous(Algorithm, name="synchronous"):
+class Synchronous(Algorithm):
     """What DistributedDataParallel with a torch optimizer does: w <- optimizer(w, sum_i alpha_i g_i).
 
     The gradient is the weighted mean over the present workers. Muon takes the matrices only, as torch's does;
@@ -30,6 +30,8 @@ class Synchronous(Algorithm, name="synchronous"):
         lr: step size > 0.
         optimizer_options: further arguments of that class, such as {weight_decay: 0.0}.
     """
+
+    name: str = "synchronous"
 
     optimizer: str = "AdamW"
     lr: float = 1e-3

@@ -1,0 +1,1 @@
+"""Data sets, heterogeneous splits and reproducible sampling."""

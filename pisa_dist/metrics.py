@@ -1,0 +1,63 @@
+"""Loss, accuracy and their evaluation over a data set."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pisa_dist.consensus import Consensus
+from pisa_dist.data.datasets import Dataset
+
+# Large enough to keep a device busy, small enough for a convolution's activations.
+EVALUATION_BATCH = 1024
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in a model's output: the tensor itself, or the `logits` of a transformers output."""
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"the model must return logits or an object with `logits`, got {type(output).__name__}")
+    return logits
+
+
+def cross_entropy(output: Any, targets: Tensor, *, reduction: str = "mean") -> Tensor:
+    """Cross-entropy in nats of logits [n, ..., classes] against class indices [n, ...]."""
+    logits = logits_of(output)
+    return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction=reduction)
+
+
+class Evaluation(NamedTuple):
+    """Mean loss in nats and share of correct predictions, over a data set."""
+
+    loss: float
+    accuracy: float
+
+
+def evaluate(model: nn.Module, tensors: Mapping[str, Tensor], dataset: Dataset, *, consensus: Consensus) -> Evaluation:
+    """Mean loss and accuracy of a model over a data set, each rank taking an equal slice of it.
+
+    Args:
+        model: called in evaluation mode, with `tensors` in place of its parameters and buffers.
+        tensors: weights and buffers by name.
+        dataset: on the model's device; every rank holds all of it.
+        consensus: sums over the ranks.
+    """
+    was_training = model.training
+    model.eval()
+    first = len(dataset) * consensus.rank // consensus.num_ranks
+    last = len(dataset) * (consensus.rank + 1) // consensus.num_ranks
+    sums = torch.zeros(3, dtype=torch.float64, device=dataset.inputs.device)
+    with torch.no_grad():
+        for start in range(first, last, EVALUATION_BATCH):
+            part = slice(start, min(start + EVALUATION_BATCH, last))
+            targets = dataset.targets[part]
+            logits = logits_of(functional_call(model, dict(tensors), (dataset.inputs[part],)))
+            sums[0] += cross_entropy(logits.double(), targets, reduction="sum")
+            sums[1] += (logits.argmax(-1) == targets).sum()
+            sums[2] += targets.numel()
+    model.train(was_training)
+    consensus.sum_(sums)
+    loss, correct, count = sums.tolist()
+    return Evaluation(loss / count, correct / count)

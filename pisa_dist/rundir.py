@@ -1,0 +1,141 @@
+"""The run directory: configuration, metrics, split and summary as files, written by rank 0 alone."""
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+import pisa_dist
+
+Metrics = Mapping[str, float | int | None]
+
+
+class RunDirectory:
+    """Writes one run's files; every line of metrics is on disk before the next round starts.
+
+    Args:
+        path: the directory, from `prepare`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @staticmethod
+    def prepare(run_dir: str | None, *, name: str, resume: bool) -> Path:
+        """Make the directory of a run, or find that of the run to go on with.
+
+        Args:
+            run_dir: where to put it; None makes a new one below `runs/`, called after name and time.
+            name: data, split and algorithm, for the directory's name.
+            resume: whether it may hold a run already.
+
+        Raises:
+            ValueError: it holds another run, or cannot be written.
+        """
+        try:
+            if run_dir is None:
+                return _new_directory(Path("runs"), f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+            path = Path(run_dir).expanduser()
+            path.mkdir(parents=True, exist_ok=True)
+            if (path / "metrics.jsonl").exists() and not resume:
+                raise ValueError(f"`run_dir` {run_dir!r} holds a run already: choose another, or resume=auto to go on")
+            (path / "metrics.jsonl").touch()
+        except OSError as error:
+            raise ValueError(f"`run_dir` {run_dir or 'runs'!r} cannot be written: {error.strerror}") from error
+        return path
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """config.yaml: the resolved configuration."""
+        (self.path / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
+
+    def write_split(self, split: Mapping[str, Any]) -> None:
+        """split.json: counts per worker and class, and skew measures."""
+        (self.path / "split.json").write_text(json.dumps(split) + "\n")
+
+    def keep_metrics_until(self, round_number: int) -> None:
+        """Drop the lines of rounds after `round_number`, which a resumed run will write again."""
+        kept = [line for line in self.metrics() if line["round"] <= round_number]
+        (self.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def append_metrics(self, metrics: Metrics) -> None:
+        """Add a line to metrics.jsonl; not-a-number and infinity become null, which JSON can hold."""
+        finite = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in metrics.items()}
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(finite) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The whole lines of metrics.jsonl; a line that a kill cut short is left out."""
+        lines = (self.path / "metrics.jsonl").read_text().splitlines()
+        parsed = []
+        for line in lines:
+            try:
+                parsed.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return parsed
+
+    def write_summary(self, facts: Mapping[str, Any]) -> None:
+        """summary.json: facts of the run, last and best of the metrics, versions, commit."""
+        metrics = self.metrics()
+        best = {
+            "train_loss": _best(min, metrics, "train_loss"),
+            "test_loss": _best(min, metrics, "test_loss"),
+            "test_accuracy": _best(max, metrics, "test_accuracy"),
+        }
+        summary = {
+            "status": "completed",
+            **facts,
+            "last": metrics[-1],
+            "best": best,
+            "versions": versions(),
+            "commit": commit(),
+        }
+        (self.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    return {
+        "pisa_dist": pisa_dist.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "hydra": version("hydra-core"),
+    }
+
+
+def commit() -> str | None:
+    """The checkout's commit, None for an installed package."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _best(choose: Any, metrics: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    values = [line[key] for line in metrics if line[key] is not None]
+    return choose(values) if values else None
+
+
+def _new_directory(parent: Path, name: str) -> Path:
+    for attempt in range(1000):
+        path = parent / (name if attempt == 0 else f"{name}-{attempt}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        (path / "metrics.jsonl").touch()
+        return path
+    raise ValueError(f"`run_dir` must be given: {parent / name} and 999 like it exist")

@@ -1,0 +1,232 @@
+"""From a checked configuration to a finished run directory: data, split, model, trainer, files."""
+
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pisa_dist import checkpoint
+from pisa_dist.consensus import Consensus, make_consensus
+from pisa_dist.data import datasets
+from pisa_dist.data.datasets import Dataset, TrainTest
+from pisa_dist.data.noise import add_feature_noise
+from pisa_dist.data.sampling import hosted_workers
+from pisa_dist.data.skew import class_counts, skew_measures
+from pisa_dist.data.splits import SPLITS
+from pisa_dist.distributed import launched_ranks, require_same, select_device
+from pisa_dist.models import build_model
+from pisa_dist.progress import Progress
+from pisa_dist.report import draw_run
+from pisa_dist.rundir import RunDirectory
+from pisa_dist.schema import DTYPES, Config, CustomData, FeatureNoiseSplit, LibsvmData, target_arguments
+from pisa_dist.tracking import NoTracker, Tracker, make_tracker
+from pisa_dist.trainer import Trainer, TrainingPlan
+
+Parts = list[list[int]]
+
+
+def run(config: Config, resolved: Mapping[str, Any]) -> Path:
+    """Train as configured and write the run directory. Every rank calls it, inside the process group if there is one.
+
+    Args:
+        config: checked by `schema.validate`.
+        resolved: the same configuration in plain containers, for config.yaml and trackers.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        ValueError, FileNotFoundError: data, split, model or checkpoint do not fit; one line each.
+        FloatingPointError: a non-finite gradient, with on_nonfinite=raise.
+        ConsensusError: another rank has stopped.
+    """
+    consensus = make_consensus()
+    is_first = consensus.rank == 0
+    path = _agree_on_directory(config, consensus)
+    files = RunDirectory(path)
+    data = load_data(config)
+    parts = split_data(config, data.train)
+    trainer = _make_trainer(config, data, parts, consensus)
+    _resume(config, trainer, path)
+    if is_first:
+        files.write_config({**resolved, "run_dir": str(path)})
+        files.write_split(_describe_split(config, data.train, parts))
+        files.keep_metrics_until(trainer.state.round_number)
+    tracker = _make_tracker(config, path, resolved) if is_first else NoTracker()
+    start = trainer.state.round_number
+    with Progress(config.rounds, start_round=start, enabled=is_first) as progress:
+        for number, outcome, metrics in trainer.run():
+            if outcome.problem and is_first:
+                print(f"round {number}: {outcome.problem}: round skipped", file=sys.stderr, flush=True)
+            progress.advance(number, outcome.train_loss)
+            if metrics is not None and is_first:
+                files.append_metrics(metrics)
+                tracker.log(metrics)
+                progress.evaluated(metrics)
+            every = config.checkpoint.every
+            if every and (number % every == 0 or number == config.rounds):
+                checkpoint.save(trainer, path / "checkpoints")
+    tracker.finish()
+    if is_first:
+        files.write_summary(_facts(config, trainer, len(data.train)))
+        draw_run(path)
+    return path
+
+
+def load_data(config: Config) -> TrainTest:
+    """The configured data set, in the run's floating type, on the CPU; its training part cut to `data.num_train`."""
+    data = config.data
+    loaders: dict[str, Callable[[], TrainTest]] = {
+        "digits": datasets.digits,
+        "mnist": partial(datasets.mnist, data.root),
+        "fashion_mnist": partial(datasets.fashion_mnist, data.root),
+        "cifar10": partial(datasets.cifar10, data.root),
+    }
+    if isinstance(data, CustomData):
+        train, test = datasets.custom(data._target_, target_arguments(data))
+    elif isinstance(data, LibsvmData):
+        train, test = datasets.libsvm(data.train_file, data.test_file)
+    else:
+        train, test = loaders[data.name]()
+    if data.num_train is not None:
+        train = datasets.subset(train, data.num_train, seed=config.seed)
+    return TrainTest(*(_placed(part, dtype=DTYPES[config.dtype]) for part in (train, test)))
+
+
+def split_data(config: Config, train: Dataset) -> Parts:
+    """Indices of every worker's samples; a knob of the split is an argument of its function."""
+    knobs = {name: value for name, value in vars(config.split).items() if name not in ("name", "noise_level")}
+    return SPLITS[config.split.name](train.targets, config.num_workers, seed=config.seed, **knobs)
+
+
+def _placed(dataset: Dataset, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Dataset:
+    inputs = dataset.inputs.to(device)
+    if inputs.is_floating_point():
+        inputs = inputs.to(dtype)
+    return Dataset(inputs, dataset.targets.to(device), dataset.num_classes)
+
+
+def _agree_on_directory(config: Config, consensus: Consensus) -> Path:
+    """Rank 0 prepares the run directory; its path, or its error, reaches every rank."""
+    answer: list[Any] = [None, None]
+    if consensus.rank == 0:
+        try:
+            name = f"{config.data.name}-{config.split.name}-{config.algorithm.name}"
+            answer[0] = RunDirectory.prepare(config.run_dir, name=name, resume=config.resume is not None)
+        except ValueError as error:
+            answer[1] = str(error)
+    if consensus.num_ranks > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise ValueError(answer[1])
+    return Path(answer[0])
+
+
+def _make_trainer(config: Config, data: TrainTest, parts: Parts, consensus: Consensus) -> Trainer:
+    device = select_device(config.device, local_rank=launched_ranks()[2])
+    sizes = [len(part) for part in parts]
+    if config.worker_weight == "samples":
+        weights = [size / sum(sizes) for size in sizes]
+    else:
+        weights = [1 / len(sizes)] * len(sizes)
+    model = build_model(
+        config.model._target_,
+        target_arguments(config.model),
+        input_shape=data.train.input_shape,
+        num_classes=data.train.num_classes,
+        seed=config.seed,
+    ).to(device, DTYPES[config.dtype])
+    if consensus.num_ranks > 1:
+        description = [f"{n}: {tuple(t.shape)} {t.dtype}" for n, t in model.state_dict().items()]
+        description += [f"{len(data.train)} training samples", f"split {parts[0][:5]}..."]
+        require_same(description, group=None, device=device)
+    hosted = hosted_workers(config.num_workers, rank=consensus.rank, num_ranks=consensus.num_ranks)
+    return Trainer(
+        model=model,
+        algorithm=config.algorithm,
+        shards={worker: _shard(config, data.train, parts[worker], worker, device) for worker in hosted},
+        test=_placed(data.test, device=device),
+        shard_sizes=sizes,
+        worker_weight=weights,
+        plan=TrainingPlan(
+            rounds=config.rounds,
+            batch_size=config.batch_size,
+            local_steps=config.local_steps,
+            participation=config.participation,
+            seed=config.seed,
+            eval_every=config.eval_every,
+            on_nonfinite=config.on_nonfinite,
+        ),
+        consensus=consensus,
+    )
+
+
+def _shard(config: Config, train: Dataset, indices: list[int], worker: int, device: torch.device) -> Dataset:
+    shard = train.select(indices)
+    if isinstance(config.split, FeatureNoiseSplit):
+        inputs = add_feature_noise(
+            shard.inputs,
+            indices,
+            worker=worker,
+            num_workers=config.num_workers,
+            noise_level=config.split.noise_level,
+            seed=config.seed,
+        )
+        shard = Dataset(inputs, shard.targets, shard.num_classes)
+    return _placed(shard, device=device)
+
+
+def _resume(config: Config, trainer: Trainer, path: Path) -> None:
+    if config.resume is None:
+        return
+    source = path if config.resume == "auto" else Path(config.resume)
+    found = source if (source / "contents.json").is_file() else checkpoint.newest(source)
+    if found is not None:
+        checkpoint.load(trainer, found)
+    elif config.resume != "auto":
+        raise ValueError(f"`resume` {config.resume!r} holds no checkpoint: set checkpoint.every when training")
+
+
+def _make_tracker(config: Config, path: Path, resolved: Mapping[str, Any]) -> Tracker:
+    tracking = config.tracking
+    options = (
+        {"project": tracking.project, "run_name": tracking.run_name, "mode": tracking.mode}
+        if (tracking.name == "wandb")
+        else {}
+    )
+    return make_tracker(tracking.name, run_dir=path, config=resolved, **options)
+
+
+def _describe_split(config: Config, train: Dataset, parts: Parts) -> dict[str, Any]:
+    counts = class_counts(train.targets, parts, train.num_classes)
+    return {
+        "split": config.split.name,
+        "num_workers": config.num_workers,
+        "num_classes": train.num_classes,
+        "counts": counts.tolist(),
+        "sizes": [len(part) for part in parts],
+        "skew": skew_measures(counts),
+    }
+
+
+def _facts(config: Config, trainer: Trainer, num_train: int) -> dict[str, Any]:
+    state = trainer.state
+    return {
+        "algorithm": config.algorithm.name,
+        "data": config.data.name,
+        "split": config.split.name,
+        "model": config.model._target_,
+        "num_workers": config.num_workers,
+        "num_ranks": trainer.consensus.num_ranks,
+        "num_parameters": sum(w.numel() for w in state.weights.values()),
+        "num_train": num_train,
+        "rounds": state.round_number,
+        "passes": state.samples_seen / num_train,
+        "bytes_sent": state.bytes_sent,
+        "wall_seconds": state.seconds,
+        "seed": config.seed,
+    }

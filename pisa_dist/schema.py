@@ -1,0 +1,276 @@
+"""Configuration dataclasses and their range checks; the trainer's and the methods' knobs under their one name each.
+
+Hydra composes YAML and command line into these. `to_config` refuses unknown keys and runs the range checks; `validate`
+checks what several keys decide together. Both run before any data is read.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pisa_dist.algorithms import ALGORITHMS, Algorithm
+from pisa_dist.checks import check_choice, check_ranges
+from pisa_dist.data.sampling import hosted_workers, num_present
+from pisa_dist.distributed import select_device
+from pisa_dist.faults import ON_NONFINITE
+from pisa_dist.models import check_model
+from pisa_dist.tracking import check_tracking
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+WORKER_WEIGHTS = ("samples", "uniform")
+
+
+@dataclass
+class DataConfig:
+    """A data set. `num_train` takes a seeded subset of the training samples, null all of them."""
+
+    name: str = MISSING
+    root: str | None = None
+    num_train: int | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(vars(self), prefix="data.", optional=("num_train",))
+
+
+@dataclass
+class LibsvmData(DataConfig):
+    """Two svmlight files; a relative path is looked up in the working directory, then in `root`."""
+
+    train_file: str = MISSING
+    test_file: str = MISSING
+
+
+@dataclass
+class CustomData(DataConfig):
+    """`_target_` names a callable that returns (train, test); further keys are its arguments."""
+
+    _target_: str = MISSING
+
+
+@dataclass
+class SplitConfig:
+    """How samples are dealt to workers; the knobs are the keyword arguments of the function in `data.splits`."""
+
+    name: str = MISSING
+
+    def __post_init__(self) -> None:
+        check_ranges(vars(self), prefix="split.")
+
+
+@dataclass
+class LabelKSplit(SplitConfig):
+    """Each worker holds samples of `labels_per_worker` classes."""
+
+    labels_per_worker: int = 1
+
+
+@dataclass
+class ConcentrationSplit(SplitConfig):
+    """Class shares (dirichlet) or sizes (quantity) drawn from a Dirichlet distribution."""
+
+    dirichlet_concentration: float = 0.5
+
+
+@dataclass
+class FeatureNoiseSplit(SplitConfig):
+    """iid, with Gaussian noise on the inputs: standard deviation 0 at the first worker, `noise_level` at the last."""
+
+    noise_level: float = 0.1
+
+
+@dataclass
+class ModelConfig:
+    """Any callable that returns a module; further keys are its arguments."""
+
+    _target_: str = MISSING
+
+
+@dataclass
+class MLPModel(ModelConfig):
+    """Multilayer perceptron."""
+
+    hidden_sizes: list[int] = field(default_factory=lambda: [128, 64])
+
+
+@dataclass
+class ResNet20Model(ModelConfig):
+    """ResNet-20; `norm` is group or batch."""
+
+    norm: str = "group"
+
+
+@dataclass
+class TrackingConfig:
+    """Where metrics go besides the run directory."""
+
+    name: str = MISSING
+
+
+@dataclass
+class WandbTracking(TrackingConfig):
+    """Weights & Biases; `mode` is online or offline."""
+
+    project: str = "pisa_dist"
+    run_name: str | None = None
+    mode: str = "online"
+
+    def __post_init__(self) -> None:
+        check_choice("tracking.mode", self.mode, ("online", "offline"))
+
+
+@dataclass
+class CheckpointConfig:
+    """`every`: rounds from one checkpoint to the next; 0 writes none."""
+
+    every: int = 0
+
+    def __post_init__(self) -> None:
+        check_ranges(vars(self), prefix="checkpoint.")
+
+
+@dataclass
+class Config:
+    """One training run. The README's table explains the keys."""
+
+    data: Any = MISSING
+    split: Any = MISSING
+    model: Any = MISSING
+    algorithm: Any = MISSING
+    tracking: Any = MISSING
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    num_workers: int = 10
+    rounds: int = 100
+    batch_size: int = 32
+    local_steps: int = 1
+    participation: float = 1.0
+    worker_weight: str = "samples"
+    seed: int = 0
+    run_dir: str | None = None
+    device: str = "auto"
+    dtype: str = "float32"
+    eval_every: int = 10
+    on_nonfinite: str = "raise"
+    resume: str | None = None
+
+    def __post_init__(self) -> None:
+        # `worker_weight` is a rule here, not the optimizer's number of the same name.
+        check_ranges({name: value for name, value in vars(self).items() if name != "worker_weight"})
+        check_choice("worker_weight", self.worker_weight, WORKER_WEIGHTS)
+        check_choice("dtype", self.dtype, tuple(DTYPES))
+        check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+
+
+# What each group's YAML starts from: "<option>_schema" in the group of that name.
+SCHEMAS: dict[str, dict[str, type]] = {
+    "data": {
+        "digits": DataConfig,
+        "mnist": DataConfig,
+        "fashion_mnist": DataConfig,
+        "cifar10": DataConfig,
+        "libsvm": LibsvmData,
+        "custom": CustomData,
+    },
+    "split": {
+        "iid": SplitConfig,
+        "label_k": LabelKSplit,
+        "dirichlet": ConcentrationSplit,
+        "quantity": ConcentrationSplit,
+        "feature_noise": FeatureNoiseSplit,
+    },
+    "model": {"mlp": MLPModel, "cnn": ModelConfig, "resnet20": ResNet20Model, "custom": ModelConfig},
+    "algorithm": dict(ALGORITHMS),
+    "tracking": {"none": TrackingConfig, "wandb": WandbTracking, "tensorboard": TrackingConfig},
+}
+
+
+def to_config(composed: DictConfig) -> Config:
+    """The checked dataclass of what Hydra composed.
+
+    Raises:
+        ValueError: an unknown or missing key, or a value out of range; one line that names it.
+    """
+    _refuse_unknown_keys(composed)
+    missing = OmegaConf.missing_keys(composed)
+    if missing:
+        key = min(missing)
+        raise ValueError(f"`{key}` must be given: {key}=...")
+    try:
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    if not isinstance(config, Config):
+        raise ValueError(f"the configuration must have the schema of Config, got {type(config).__name__}")
+    for group in SCHEMAS:
+        if not is_dataclass(getattr(config, group)):
+            raise ValueError(f"`{group}` must be one of {', '.join(SCHEMAS[group])}, got {getattr(config, group)!r}")
+    return config
+
+
+def _refuse_unknown_keys(node: DictConfig, prefix: str = "") -> None:
+    """Hydra accepts `+group.key=1` silently; only what a `_target_` is called with may be new."""
+    kind = OmegaConf.get_type(node)
+    if kind is None or not is_dataclass(kind):
+        return
+    known = {f.name for f in fields(kind)}
+    for name in map(str, node):
+        key = f"{prefix}{name}"
+        if name not in known and "_target_" not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {prefix}{close[0]}?" if close else f"; known are {', '.join(sorted(known))}"
+            raise ValueError(f"`{key}` is not a known key{hint}")
+        if not OmegaConf.is_missing(node, name) and isinstance(node._get_node(name), DictConfig):
+            child = node[name]
+            if child is not None:
+                _refuse_unknown_keys(child, f"{key}.")
+
+
+def target_arguments(config: ModelConfig | CustomData) -> dict[str, Any]:
+    """The keyword arguments that a `_target_` is called with: every key that is not the package's own."""
+    own = {"_target_"} | ({f.name for f in fields(config)} if isinstance(config, CustomData) else set())
+    return {name: value for name, value in vars(config).items() if name not in own}
+
+
+def validate(config: Config, *, num_ranks: int = 1) -> None:
+    """Check what several keys, or key and machine, decide together. Reads no data.
+
+    Raises:
+        ValueError: one line that names key, value and range.
+    """
+    num_present(config.num_workers, config.participation)
+    hosted_workers(config.num_workers, rank=0, num_ranks=num_ranks)
+    algorithm: Algorithm = config.algorithm
+    algorithm.check_local_steps(config.local_steps)
+    select_device(config.device)
+    check_model(config.model._target_, target_arguments(config.model))
+    check_tracking(config.tracking.name)
+    if config.resume == "auto" and config.run_dir is None:
+        raise ValueError("`resume`=auto needs `run_dir`, the run to go on with")
+    if config.resume not in (None, "auto") and not Path(str(config.resume)).exists():
+        raise ValueError(f"`resume` must be auto or an existing run or checkpoint directory, got {config.resume!r}")
+    if isinstance(config.data, LibsvmData):
+        config.data.train_file, config.data.test_file = (
+            str(_found(config.data, name)) for name in ("train_file", "test_file")
+        )
+
+
+def _found(data: LibsvmData, key: str) -> Path:
+    path = Path(getattr(data, key)).expanduser()
+    places = [path] if path.is_absolute() or data.root is None else [path, Path(data.root).expanduser() / path]
+    for place in places:
+        if place.is_file():
+            return place
+    raise ValueError(f"`data.{key}` must be a file, got {str(path)!r} (looked for {', '.join(map(str, places))})")
+
+
+def as_plain(composed: DictConfig) -> Mapping[str, Any]:
+    """The resolved configuration in plain containers, for config.yaml and trackers."""
+    plain = OmegaConf.to_container(composed, resolve=True)
+    if not isinstance(plain, dict):
+        raise ValueError(f"the configuration must be a mapping, got {type(plain).__name__}")
+    return {str(key): value for key, value in plain.items()}
