@@ -7,7 +7,9 @@ plain tensors that share a name. What all ranks hold alike is kept once.
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,8 @@ def save(trainer: Trainer, directory: Path) -> Path:
         unfinished.mkdir(parents=True)
         (unfinished / "contents.json").write_text(json.dumps(_contents(trainer)))
     _barrier()
-    save_distributed(
-        _flat(trainer.state, trainer.hosted),
-        storage_writer=FileSystemWriter(unfinished),
-        no_dist=not dist.is_initialized(),
-    )
+    with _single_process_allowed():
+        save_distributed(_flat(trainer.state, trainer.hosted), storage_writer=FileSystemWriter(unfinished))
     _barrier()
     if trainer.consensus.rank == 0:
         shutil.rmtree(path, ignore_errors=True)
@@ -80,7 +79,8 @@ def load(trainer: Trainer, path: Path) -> None:
         for key, entry in reader.read_metadata().state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata) and (key.startswith(mine) or not key.startswith("workers/"))
     }
-    load_distributed(dict(wanted), storage_reader=reader, no_dist=not dist.is_initialized())
+    with _single_process_allowed():
+        load_distributed(dict(wanted), storage_reader=reader)
     trainer.state = _unflat(wanted, trainer)
 
 
@@ -146,6 +146,14 @@ def _unflat(flat: Mapping[str, Tensor], trainer: Trainer) -> TrainingState:
 def _on_device(shared: State, device: torch.device) -> State:
     # torch's optimizers keep their step counts on the CPU.
     return {n: {k: v if k == "step" else v.to(device) for k, v in kinds.items()} for n, kinds in shared.items()}
+
+
+@contextmanager
+def _single_process_allowed() -> Iterator[None]:
+    """One process is a layout like any other; the library warns of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process")
+        yield
 
 
 def _barrier() -> None:

@@ -108,4 +108,6 @@ def make_consensus(process_group: dist.ProcessGroup | None = None) -> Consensus:
         if process_group is not None:
             raise ValueError("`process_group` was given, but torch.distributed is not initialised")
         return InProcess()
+    if dist.get_rank(process_group) < 0:
+        raise ValueError(f"`process_group` must contain this rank, global rank {dist.get_rank()} is not in it")
     return AllReduce(process_group) if dist.get_world_size(process_group) > 1 else InProcess()

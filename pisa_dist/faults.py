@@ -20,9 +20,11 @@ class Fault:
     @staticmethod
     def find(gradients: Sequence[Tensor], *, worker: int) -> "Fault | None":
         """The fault in one worker's gradients, None where all numbers are finite. Waits for the device once."""
-        largest = [g for g in gradients if g.numel()]
-        norms = torch._foreach_norm(largest, ord=float("inf"))
-        if not norms or bool(torch.stack([n.float() for n in norms]).isfinite().all()):
+        filled = [g for g in gradients if g.numel()]
+        if not filled:
+            return None
+        norms = torch._foreach_norm(filled, ord=float("inf"))
+        if bool(torch.stack([norm.isfinite() for norm in norms]).all()):
             return None
         parameter = next(i for i, g in enumerate(gradients) if not bool(g.isfinite().all()))
         return Fault(worker, parameter)

@@ -92,7 +92,8 @@ class ADMMOptimizer(torch.optim.Optimizer):
         if self._consensus.num_ranks == 1:
             return
         parameters = [p for group in groups for p in group["params"]]
-        description = [f"{type(self).__name__} with {len(groups)} parameter groups"]
+        weighting = "uniform weights" if self.worker_weight is None else "a worker_weight"
+        description = [f"{type(self).__name__} with {len(groups)} parameter groups and {weighting}"]
         for group in groups:
             description.append(f"consensus_l2={group['consensus_l2']} in a parameter group")
             description += [
@@ -126,7 +127,7 @@ class ADMMOptimizer(torch.optim.Optimizer):
         Raises:
             FloatingPointError: a gradient on any rank was NaN or infinite and `on_nonfinite` is "raise". Raised on
                 every rank; weights and state are as before the step.
-            RuntimeError: sparse gradients, or a rank that is gone.
+            ConsensusError: another rank is gone.
         """
         loss = None
         if closure is not None:
@@ -202,12 +203,9 @@ class ADMMOptimizer(torch.optim.Optimizer):
         parameter = slot.parameter
         if parameter.grad is None:
             return torch.zeros_like(parameter, dtype=state_dtype(parameter.dtype))
-        if parameter.grad.is_sparse:
-            raise RuntimeError(
-                f"{type(self).__name__} needs dense gradients, got a sparse one in {slot.name}: "
-                "build the embedding with sparse=False"
-            )
-        gradient = parameter.grad.to(state_dtype(parameter.dtype))
+        # Duals and messages are dense, so a sparse gradient saves nothing here.
+        gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+        gradient = gradient.to(state_dtype(parameter.dtype))
         scale = getattr(self, "grad_scale", None)
         return gradient if scale is None else gradient / scale.to(gradient.device)
 
@@ -269,5 +267,7 @@ class ADMMOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._process_group = None
-        self._consensus = make_consensus(None)
+        # `load_state_dict` comes here too, with an optimizer that has its group; only a copy has none yet.
+        if "_consensus" not in vars(self):
+            self._process_group = None
+            self._consensus = make_consensus(None)

@@ -106,7 +106,7 @@ def _complain(error: BaseException) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    """The error's message without line breaks, Hydra's search path and our schema names; with its cause's first line."""
+    """The error and its cause on one line, without Hydra's search path and our schema names."""
     cause = error.__cause__ or error.__context__
     texts = [str(error)]
     if isinstance(error, HydraException) and cause is not None:

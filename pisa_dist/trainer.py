@@ -133,6 +133,8 @@ class Trainer:
                 is_due = self.state.round_number % self.plan.eval_every == 0
                 is_last = self.state.round_number == self.plan.rounds
                 metrics = self.evaluate(outcome) if is_due or is_last else None
+                if is_due:  # and not after the extra line of the last round, so that a longer run can go on from here
+                    self.state.loss_sum, self.state.loss_rounds = 0.0, 0
                 self.state.seconds += time.perf_counter() - started
             if metrics is not None:
                 metrics["seconds"] = self.state.seconds
@@ -185,7 +187,6 @@ class Trainer:
         state = self.state
         test = evaluate(self.model, {**state.weights, **state.buffers}, self.test, consensus=self.consensus)
         train_loss = state.loss_sum / state.loss_rounds if state.loss_rounds else None
-        state.loss_sum, state.loss_rounds = 0.0, 0
         return {
             "round": state.round_number,
             "train_loss": train_loss,

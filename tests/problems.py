@@ -63,3 +63,8 @@ def make_trainer(
         plan=TrainingPlan(rounds=rounds, **plan),
         consensus=consensus,
     )
+
+
+def comparable(metrics):
+    """A metrics line without wall time and without what the method does not have."""
+    return {key: value for key, value in metrics.items() if key != "seconds" and value is not None}

@@ -20,7 +20,8 @@ def clipped_square(direction: Tensor, bound: float | None) -> Tensor:
         bound: eta_i > 0, or None for no bound.
     """
     square = direction * direction
-    return square if bound is None else square.clamp_(max=bound * bound)
+    # Without a bound, the largest float: an infinite moment would never come down again.
+    return square.clamp_(max=torch.finfo(square.dtype).max if bound is None else bound * bound)
 
 
 def adagrad_moment(second_moment: Tensor, square: Tensor) -> Tensor:
