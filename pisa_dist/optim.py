@@ -153,7 +153,7 @@ class NSISA(ADMMOptimizer):
         self,
         params: Iterable[Any],
         *,
-        penalty: float = 50.0,
+        penalty: float = 20.0,
         preconditioner_scale: float = 1.0,
         momentum: float = 0.95,
         newton_schulz_steps: int = 5,

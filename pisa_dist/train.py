@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -25,6 +26,7 @@ USER_ERRORS = (
     ConsensusError,
     HydraException,
     OmegaConfBaseException,
+    yaml.YAMLError,
 )
 
 

@@ -134,7 +134,7 @@ class Nsisa(ADMM):
 
     name: str = "nsisa"
 
-    penalty: float = 50.0
+    penalty: float = 20.0
     momentum: float = 0.95
     newton_schulz_steps: int = 5
     eps: float = 1e-8
