@@ -28,6 +28,10 @@ def blobs(num_samples=90, num_classes=3, num_features=4, *, seed=0, dtype=torch.
     return Dataset(centres[targets] + noise, targets, num_classes)
 
 
+def on(device, dataset):
+    return Dataset(dataset.inputs.to(device), dataset.targets.to(device), dataset.num_classes)
+
+
 def small_net(*, seed=0, dtype=torch.float64, batch_norm=False, dropout=0.0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -47,6 +51,8 @@ def make_trainer(
     train, test = blobs(dtype=dtype), blobs(seed=1, dtype=dtype)
     if not is_skewed:
         train = train.select(torch.randperm(len(train), generator=torch.Generator().manual_seed(0)))
+    model = model if model is not None else small_net(dtype=dtype)
+    device = next(model.parameters()).device
     cuts = torch.linspace(0, len(train), num_workers + 1).long()
     if num_workers > 1:
         cuts[1] += 4
@@ -54,10 +60,10 @@ def make_trainer(
     hosted = hosted_workers(num_workers, rank=consensus.rank, num_ranks=consensus.num_ranks)
     plan = {"batch_size": 8, "eval_every": 5, **plan}
     return Trainer(
-        model=model if model is not None else small_net(dtype=dtype),
+        model=model,
         algorithm=algorithm,
-        shards={i: train.select(list(range(int(cuts[i]), int(cuts[i + 1])))) for i in hosted},
-        test=test,
+        shards={i: on(device, train.select(list(range(int(cuts[i]), int(cuts[i + 1]))))) for i in hosted},
+        test=on(device, test),
         shard_sizes=sizes,
         worker_weight=[size / sum(sizes) for size in sizes],
         plan=TrainingPlan(rounds=rounds, **plan),

@@ -198,6 +198,7 @@ BAD_SETTINGS: dict[str, tuple[str, ...]] = {
     "algorithm=synchronous +algorithm.optimizer_options.betas=[0.9]": ("algorithm.optimizer_options", "AdamW"),
     "algorithm=synchronous +algorithm.optimizer_options.betas.x=3": ("algorithm.optimizer_options", "AdamW"),
     "algorithm=synchronous +algorithm.optimizer_options={foreach:true,fused:true}": ("optimizer_options", "fused"),
+    "algorithm=synchronous +algorithm.optimizer_options.differentiable=true": ("algorithm.optimizer_options",),
     # What several keys decide together.
     "participation=0.01": ("`participation`", "at least one of 10 workers", "0.01"),
     "participation=0.4 num_workers=1": ("`participation`", "at least one of 1 workers", "0.4"),
@@ -332,7 +333,7 @@ SYMBOLS = "[](){}<>=:,;.@~+-*/\\|&%$#!?^'\"` \t"
 garbage = st.text(SYMBOLS, max_size=12)
 
 quick = settings(
-    max_examples=150,
+    max_examples=80,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

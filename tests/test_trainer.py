@@ -100,7 +100,7 @@ def test_absent_workers_keep_dual_and_preconditioner_and_stand_in_the_sum():
     for name, kinds in before.items():
         for kind, value in kinds.items():
             assert torch.equal(moved[name][kind][absent], value[absent])
-    # Delta form by hand: sum over everyone of alpha (pi + sigma u), where sigma u of a present worker is its dual's change.
+    # Delta form by hand: sum of alpha (pi + sigma u) over everyone; sigma u is the change of the dual.
     alpha = trainer._alpha
     for name in weights:
         old, new = before[name]["dual"], moved[name]["dual"]

@@ -2,9 +2,9 @@
 
     PISA_DATA=<folder with fashion-mnist/> python benchmarks/label_skew/run.py
 
-Writes results.jsonl beside this file, a line per run. 10 workers, MLP 784-128-64-10, 60,000 training samples, 300 rounds
-of 64 samples per worker and round, last round. SISA has its shipped configuration on every seed; the step size of each
-baseline is the best of those listed, chosen on seed 100, which is not scored, by test accuracy: a bias in the
+Writes results.jsonl beside this file, a line per run. 10 workers, MLP 784-128-64-10, 60,000 training samples, 300
+rounds of 64 samples per worker and round, last round. SISA has its shipped configuration on every seed; the step size
+of each baseline is the best of those listed, chosen on seed 100, which is not scored, by test accuracy: a bias in the
 baselines' favour.
 """
 
