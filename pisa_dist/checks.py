@@ -48,6 +48,7 @@ RANGES: dict[str, Range] = {
     "eps": Range(0.0),
     "preconditioner_bound": _positive("eta"),
     "consensus_l2": Range(0.0, symbol="lambda"),
+    "penalty_factors": _positive(),
     "penalty_growth": Range(1.0, symbol="1/gamma"),
     "penalty_growth_interval": _count(),
     "newton_schulz_steps": _count(),
@@ -73,7 +74,7 @@ def check_ranges(values: Mapping[str, Any], *, prefix: str = "", optional: Seque
     """Refuse the first value that lies outside its knob's range.
 
     Args:
-        values: value of each knob by its name; names without a declared range are passed over.
+        values: value of each knob by its name, or a list of values; names without a declared range are passed over.
         prefix: where the knobs stand in the configuration, such as "algorithm."; empty for a Python call.
         optional: knobs that may be None.
 
@@ -84,9 +85,11 @@ def check_ranges(values: Mapping[str, Any], *, prefix: str = "", optional: Seque
         if name not in RANGES or (value is None and name in optional):
             continue
         allowed = RANGES[name]
-        if value not in allowed:
-            symbol = f" ({allowed.symbol})" if allowed.symbol else ""
-            raise ValueError(f"`{prefix}{name}`{symbol} must be {allowed}, got {value!r}")
+        items = {f"{name}[{i}]": item for i, item in enumerate(value)} if isinstance(value, list) else {name: value}
+        for key, item in items.items():
+            if item not in allowed:
+                symbol = f" ({allowed.symbol})" if allowed.symbol else ""
+                raise ValueError(f"`{prefix}{key}`{symbol} must be {allowed}, got {item!r}")
 
 
 def check_choice(key: str, value: object, choices: Sequence[str]) -> None:

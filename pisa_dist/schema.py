@@ -245,7 +245,7 @@ def validate(config: Config, *, num_ranks: int = 1) -> None:
     num_present(config.num_workers, config.participation)
     hosted_workers(config.num_workers, rank=0, num_ranks=num_ranks)
     algorithm: Algorithm = config.algorithm
-    algorithm.check_local_steps(config.local_steps)
+    algorithm.check_run(num_workers=config.num_workers, local_steps=config.local_steps)
     select_device(config.device)
     check_model(config.model._target_, target_arguments(config.model))
     check_tracking(config.tracking.name)

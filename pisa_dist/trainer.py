@@ -107,7 +107,7 @@ class Trainer:
         num_workers = len(self.shard_sizes)
         self.hosted = hosted_workers(num_workers, rank=self.consensus.rank, num_ranks=self.consensus.num_ranks)
         num_present(num_workers, self.plan.participation)
-        self.algorithm.check_local_steps(self.plan.local_steps)
+        self.algorithm.check_run(num_workers=num_workers, local_steps=self.plan.local_steps)
         weights = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
         self.state = TrainingState(
             weights=weights,
@@ -153,7 +153,9 @@ class Trainer:
             number=number,
             num_local_steps=self.plan.local_steps,
             weights=self.state.weights,
+            workers=[self.hosted[row] for row in rows],
             worker_weight=self._alpha_of(rows),
+            all_worker_weights=self._alpha,
             present_weight=float(self._alpha[list(present)].sum()),
             num_participations=(self.state.num_participations[rows] + 1).to(self._device),
             gradients=gradients,

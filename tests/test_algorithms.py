@@ -27,6 +27,8 @@ def round_for(weights, gradients, *, worker_weight, number=1, local_steps=1, pre
         number=number,
         num_local_steps=local_steps,
         weights=weights,
+        workers=range(len(worker_weight)),
+        all_worker_weights=torch.tensor(worker_weight or [1.0], dtype=torch.float64),
         worker_weight=torch.tensor(worker_weight, dtype=torch.float64),
         present_weight=present_weight,
         num_participations=torch.full((len(worker_weight),), number),

@@ -93,7 +93,7 @@ def test_a_rank_that_is_gone_is_an_error_that_names_collective_and_rank():
 
 def test_one_process_needs_no_group():
     assert isinstance(make_consensus(), InProcess)
-    with pytest.raises(ValueError, match="torch.distributed is not initialised"):
+    with pytest.raises(ValueError, match="is not initialised"):
         make_consensus(object())
 
 

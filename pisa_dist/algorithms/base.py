@@ -6,7 +6,7 @@ lines serve one worker in a process or a thousand. The trainer owns the state, t
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -35,7 +35,9 @@ class Round:
         number: t, from 1.
         num_local_steps: gradient steps that each worker takes.
         weights: consensus weights w by name, [*shape] each.
-        worker_weight: alpha_i of the present workers here, shape [workers]; all workers of the run sum to 1.
+        workers: number of each present worker here, in stacking order.
+        worker_weight: alpha_i of the present workers here, shape [workers].
+        all_worker_weights: alpha_i of every worker of the run, float64 on the CPU, summing to 1.
         present_weight: sum of alpha_i over all workers that are present in this round, on any rank.
         num_participations: t_i, how often each present worker has taken part, this round included, shape [workers].
         gradients: the gradient oracle.
@@ -44,7 +46,9 @@ class Round:
     number: int
     num_local_steps: int
     weights: Tensors
+    workers: Sequence[int]
     worker_weight: Tensor
+    all_worker_weights: Tensor
     present_weight: float
     num_participations: Tensor
     gradients: Gradients
@@ -89,10 +93,14 @@ class Algorithm(ABC):
 
     def __post_init__(self) -> None:
         check_choice("algorithm.name", self.name, (type(self).name,))
-        check_ranges(vars(self), prefix="algorithm.", optional=("preconditioner_bound",))
+        check_ranges(vars(self), prefix="algorithm.", optional=("preconditioner_bound", "penalty_factors"))
 
-    def check_local_steps(self, local_steps: int) -> None:
-        """Refuse more than one local step where the method communicates after every gradient."""
+    def check_run(self, *, num_workers: int, local_steps: int) -> None:
+        """Refuse a run that the method cannot do, before any data is read.
+
+        Raises:
+            ValueError: more than one local step where the method communicates after every gradient.
+        """
         if local_steps > 1 and not self.takes_local_steps:
             raise ValueError(
                 f"`local_steps` must be 1 for algorithm={self.name}, which communicates after every gradient, "

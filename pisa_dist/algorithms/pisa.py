@@ -1,8 +1,10 @@
 """PISA, SISA and NSISA: Algorithms 1 to 3 of arXiv 2502.10784, through the same `worker_step` as the optimizers."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from pisa_dist.admm.penalty import divided_by_lr, grown_penalty
@@ -25,7 +27,11 @@ from pisa_dist.checks import check_choice
 
 @dataclass
 class ADMM(Algorithm):
-    """What the three methods share; a subclass names its preconditioner. Knobs as in `pisa_dist.PISA`."""
+    """What the three methods share; a subclass names its preconditioner. Knobs as in `pisa_dist.PISA`.
+
+    Attributes:
+        penalty_factors: one positive number per worker that multiplies its penalty; None for one penalty for all.
+    """
 
     penalty: float = 1.0
     preconditioner_scale: float = 1.0
@@ -33,17 +39,31 @@ class ADMM(Algorithm):
     penalty_growth: float = 1.0
     penalty_growth_interval: int = 1
     lr: float = 1.0
+    penalty_factors: list[float] | None = None
+
+    def check_run(self, *, num_workers: int, local_steps: int) -> None:  # noqa: D102 - as in Algorithm
+        super().check_run(num_workers=num_workers, local_steps=local_steps)
+        if self.penalty_factors is not None and len(self.penalty_factors) != num_workers:
+            raise ValueError(
+                f"`algorithm.penalty_factors` must be one number for each of {num_workers} workers, "
+                f"got {len(self.penalty_factors)}"
+            )
 
     @abstractmethod
     def rule(self) -> Preconditioner:
         """The rule for Q_i."""
 
     def penalty_at(self, round_number: int) -> float:
-        """sigma_i of a round. It grows for absent workers too, so that every rank knows sum_i alpha_i sigma_i."""
+        """sigma of a round, for factor 1. It grows for absent workers too, so that every rank knows the sum."""
         grown = grown_penalty(
             self.penalty, step=round_number, growth=self.penalty_growth, interval=self.penalty_growth_interval
         )
         return divided_by_lr(grown, self.lr)
+
+    def factors(self, workers: Sequence[int]) -> Tensor:
+        """Penalty factor of some workers, float64 [workers]."""
+        factors = [1.0] * len(workers) if self.penalty_factors is None else [self.penalty_factors[i] for i in workers]
+        return torch.tensor(factors, dtype=torch.float64)
 
     def init_worker_state(self, parameters: Tensors, num_workers: int) -> State:
         """Zero duals, and the preconditioner's state."""
@@ -57,6 +77,7 @@ class ADMM(Algorithm):
     def local_work(self, round_: Round, state: State) -> LocalResult:
         """One gradient at the consensus weights, then one `worker_step` per parameter."""
         gradients = round_.gradients(round_.stacked_weights(), 0)
+        penalties = self.penalty_at(round_.number) * self.factors(round_.workers).to(round_.worker_weight.device)
         new_state: State = {}
         message: Tensors = {}
         displacements: Tensors = {}
@@ -68,7 +89,7 @@ class ADMM(Algorithm):
                 memory,
                 gradients[name].to(dual.dtype),
                 preconditioner=self.rule().for_parameter(name, weights.shape),
-                penalty=self.penalty_at(round_.number),
+                penalty=column(penalties, dual),
                 preconditioner_scale=divided_by_lr(self.preconditioner_scale, self.lr),
                 worker_weight=column(round_.worker_weight, dual),
                 step=round_.num_participations.double().view(-1, *[1] * weights.ndim),
@@ -84,8 +105,9 @@ class ADMM(Algorithm):
         return {name: weighted_sum(memory["dual"], worker_weight) for name, memory in state.items()}
 
     def consensus(self, round_: Round, message_sum: Tensors, shared: State) -> ConsensusResult:
-        """`consensus_update`, with sum_i alpha_i sigma_i = sigma because all workers have one penalty."""
-        penalty = self.penalty_at(round_.number)
+        """`consensus_update`; sum_i alpha_i sigma_i runs over all workers and is known beforehand."""
+        everyone = range(len(round_.all_worker_weights))
+        penalty = self.penalty_at(round_.number) * float(round_.all_worker_weights @ self.factors(everyone))
         weights = {
             name: consensus_update(
                 w.to(message_sum[name].dtype),
