@@ -57,6 +57,21 @@ def newest(directory: Path) -> Path | None:
     return max(complete, default=None)
 
 
+def find(source: Path) -> Path:
+    """The checkpoint that a path stands for: itself, or the newest of a run or of a `checkpoints/` directory.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = source if (source / "contents.json").is_file() else newest(source)
+    if found is None:
+        raise ValueError(
+            f"`resume` must be auto or a run or checkpoint directory, got {str(source)!r}, which holds no checkpoint "
+            "(a run writes them with checkpoint.every=N)"
+        )
+    return found
+
+
 def load(trainer: Trainer, path: Path) -> None:
     """Put a checkpoint's state into a trainer, whatever the number of ranks that saved it; every rank must call it.
 

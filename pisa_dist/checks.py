@@ -26,10 +26,11 @@ class Range(NamedTuple):
 
     def __str__(self) -> str:
         kind = "an integer " if self.integer else ""
-        if self.high == math.inf:
-            return f"{kind}{'>=' if self.low_included else '>'} {self.low:g}"
+        low, high = (int(end) if math.isfinite(end) and end == int(end) else end for end in (self.low, self.high))
+        if high == math.inf:
+            return f"{kind}{'>=' if self.low_included else '>'} {low}"
         opening, closing = "(["[self.low_included], ")]"[self.high_included]
-        return f"{kind}in {opening}{self.low:g}, {self.high:g}{closing}"
+        return f"{kind}in {opening}{low}, {high}{closing}"
 
 
 def _positive(symbol: str = "") -> Range:
@@ -58,14 +59,14 @@ RANGES: dict[str, Range] = {
     "num_workers": _count(),
     "rounds": _count(),
     "batch_size": _count(),
-    "local_steps": _count(),
+    "local_steps": Range(1, 1_000_000, high_included=True, integer=True),
     "participation": Range(0.0, 1.0, low_included=False, high_included=True),
     "seed": Range(0, 2**32 - 1, high_included=True, integer=True),
     "eval_every": _count(),
     "every": _count(0),
     "num_train": _count(),
     "labels_per_worker": _count(),
-    "dirichlet_concentration": _positive("beta"),
+    "dirichlet_concentration": Range(0.0, 1e6, low_included=False, high_included=True),
     "noise_level": Range(0.0),
 }
 

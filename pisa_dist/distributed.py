@@ -26,6 +26,8 @@ def select_device(name: str, *, local_rank: int = 0) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count()
         index = local_rank % max(count, 1) if device.index is None else device.index
+        if count == 0:
+            raise ValueError(f"`device` {name!r} needs a CUDA device, and this machine has none: use cpu or auto")
         if index >= count:
             raise ValueError(f"`device` must be one of the {count} CUDA devices of this machine, got {name!r}")
         return torch.device("cuda", index)

@@ -45,9 +45,10 @@ class RunDirectory:
                 return _new_directory(Path("runs"), f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
             path = Path(run_dir).expanduser()
             path.mkdir(parents=True, exist_ok=True)
-            if (path / "metrics.jsonl").exists() and not resume:
+            metrics = path / "metrics.jsonl"
+            if metrics.exists() and metrics.stat().st_size > 0 and not resume:
                 raise ValueError(f"`run_dir` {run_dir!r} holds a run already: choose another, or resume=auto to go on")
-            (path / "metrics.jsonl").touch()
+            metrics.touch()
         except OSError as error:
             raise ValueError(f"`run_dir` {run_dir or 'runs'!r} cannot be written: {error.strerror}") from error
         return path

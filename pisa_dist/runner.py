@@ -22,7 +22,7 @@ from pisa_dist.models import build_model
 from pisa_dist.progress import Progress
 from pisa_dist.report import draw_run
 from pisa_dist.rundir import RunDirectory
-from pisa_dist.schema import DTYPES, Config, CustomData, FeatureNoiseSplit, LibsvmData, target_arguments
+from pisa_dist.schema import DTYPES, Config, CustomData, FeatureNoiseSplit, LibsvmData, WandbTracking, target_arguments
 from pisa_dist.tracking import NoTracker, Tracker, make_tracker
 from pisa_dist.trainer import Trainer, TrainingPlan
 
@@ -183,21 +183,16 @@ def _shard(config: Config, train: Dataset, indices: list[int], worker: int, devi
 def _resume(config: Config, trainer: Trainer, path: Path) -> None:
     if config.resume is None:
         return
-    source = path if config.resume == "auto" else Path(config.resume)
-    found = source if (source / "contents.json").is_file() else checkpoint.newest(source)
+    found = checkpoint.newest(path) if config.resume == "auto" else checkpoint.find(Path(config.resume))
     if found is not None:
         checkpoint.load(trainer, found)
-    elif config.resume != "auto":
-        raise ValueError(f"`resume` {config.resume!r} holds no checkpoint: set checkpoint.every when training")
 
 
 def _make_tracker(config: Config, path: Path, resolved: Mapping[str, Any]) -> Tracker:
     tracking = config.tracking
-    options = (
-        {"project": tracking.project, "run_name": tracking.run_name, "mode": tracking.mode}
-        if (tracking.name == "wandb")
-        else {}
-    )
+    options: dict[str, Any] = {}
+    if isinstance(tracking, WandbTracking):
+        options = {"project": tracking.project, "run_name": tracking.run_name, "mode": tracking.mode}
     return make_tracker(tracking.name, run_dir=path, config=resolved, **options)
 
 

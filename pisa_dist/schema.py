@@ -14,8 +14,10 @@ import torch
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pisa_dist import checkpoint
 from pisa_dist.algorithms import ALGORITHMS, Algorithm
 from pisa_dist.checks import check_choice, check_ranges
+from pisa_dist.data.datasets import resolve_custom
 from pisa_dist.data.sampling import hosted_workers, num_present
 from pisa_dist.distributed import select_device
 from pisa_dist.faults import ON_NONFINITE
@@ -24,6 +26,13 @@ from pisa_dist.tracking import check_tracking
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 WORKER_WEIGHTS = ("samples", "uniform")
+
+
+def _check_option(group: str, config: Any) -> None:
+    """The name says which option of a group this is; the option itself is chosen with `group=option`."""
+    if config.name != type(config).name:
+        options = ", ".join(SCHEMAS[group])
+        raise ValueError(f"`{group}.name` cannot be set, got {config.name!r}: use {group}=..., one of {options}")
 
 
 @dataclass
@@ -35,13 +44,43 @@ class DataConfig:
     num_train: int | None = None
 
     def __post_init__(self) -> None:
+        _check_option("data", self)
         check_ranges(vars(self), prefix="data.", optional=("num_train",))
+
+
+@dataclass
+class DigitsData(DataConfig):
+    """scikit-learn's digits, embedded."""
+
+    name: str = "digits"
+
+
+@dataclass
+class MnistData(DataConfig):
+    """MNIST, IDX files."""
+
+    name: str = "mnist"
+
+
+@dataclass
+class FashionMnistData(DataConfig):
+    """Fashion-MNIST, IDX files."""
+
+    name: str = "fashion_mnist"
+
+
+@dataclass
+class Cifar10Data(DataConfig):
+    """CIFAR-10, binary version."""
+
+    name: str = "cifar10"
 
 
 @dataclass
 class LibsvmData(DataConfig):
     """Two svmlight files; a relative path is looked up in the working directory, then in `root`."""
 
+    name: str = "libsvm"
     train_file: str = MISSING
     test_file: str = MISSING
 
@@ -50,6 +89,7 @@ class LibsvmData(DataConfig):
 class CustomData(DataConfig):
     """`_target_` names a callable that returns (train, test); further keys are its arguments."""
 
+    name: str = "custom"
     _target_: str = MISSING
 
 
@@ -60,20 +100,38 @@ class SplitConfig:
     name: str = MISSING
 
     def __post_init__(self) -> None:
+        _check_option("split", self)
         check_ranges(vars(self), prefix="split.")
+
+
+@dataclass
+class IidSplit(SplitConfig):
+    """Equal random parts."""
+
+    name: str = "iid"
 
 
 @dataclass
 class LabelKSplit(SplitConfig):
     """Each worker holds samples of `labels_per_worker` classes."""
 
+    name: str = "label_k"
     labels_per_worker: int = 1
 
 
 @dataclass
-class ConcentrationSplit(SplitConfig):
-    """Class shares (dirichlet) or sizes (quantity) drawn from a Dirichlet distribution."""
+class DirichletSplit(SplitConfig):
+    """Class shares drawn from a Dirichlet distribution; the smaller the concentration, the more skewed."""
 
+    name: str = "dirichlet"
+    dirichlet_concentration: float = 0.5
+
+
+@dataclass
+class QuantitySplit(SplitConfig):
+    """Sizes drawn from a Dirichlet distribution; the smaller the concentration, the more uneven."""
+
+    name: str = "quantity"
     dirichlet_concentration: float = 0.5
 
 
@@ -81,6 +139,7 @@ class ConcentrationSplit(SplitConfig):
 class FeatureNoiseSplit(SplitConfig):
     """iid, with Gaussian noise on the inputs: standard deviation 0 at the first worker, `noise_level` at the last."""
 
+    name: str = "feature_noise"
     noise_level: float = 0.1
 
 
@@ -111,16 +170,35 @@ class TrackingConfig:
 
     name: str = MISSING
 
+    def __post_init__(self) -> None:
+        _check_option("tracking", self)
+
+
+@dataclass
+class NoTracking(TrackingConfig):
+    """Nowhere."""
+
+    name: str = "none"
+
+
+@dataclass
+class TensorboardTracking(TrackingConfig):
+    """TensorBoard files in the run directory."""
+
+    name: str = "tensorboard"
+
 
 @dataclass
 class WandbTracking(TrackingConfig):
     """Weights & Biases; `mode` is online or offline."""
 
+    name: str = "wandb"
     project: str = "pisa_dist"
     run_name: str | None = None
     mode: str = "online"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("tracking.mode", self.mode, ("online", "offline"))
 
 
@@ -161,6 +239,8 @@ class Config:
     def __post_init__(self) -> None:
         # `worker_weight` is a rule here, not the optimizer's number of the same name.
         check_ranges({name: value for name, value in vars(self).items() if name != "worker_weight"})
+        if self.run_dir == "":
+            raise ValueError("`run_dir` must be a path or null, got ''")
         check_choice("worker_weight", self.worker_weight, WORKER_WEIGHTS)
         check_choice("dtype", self.dtype, tuple(DTYPES))
         check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
@@ -168,25 +248,25 @@ class Config:
 
 # What each group's YAML starts from: "<option>_schema" in the group of that name.
 SCHEMAS: dict[str, dict[str, type]] = {
-    "data": {
-        "digits": DataConfig,
-        "mnist": DataConfig,
-        "fashion_mnist": DataConfig,
-        "cifar10": DataConfig,
-        "libsvm": LibsvmData,
-        "custom": CustomData,
-    },
-    "split": {
-        "iid": SplitConfig,
-        "label_k": LabelKSplit,
-        "dirichlet": ConcentrationSplit,
-        "quantity": ConcentrationSplit,
-        "feature_noise": FeatureNoiseSplit,
-    },
+    "data": {s.name: s for s in (DigitsData, MnistData, FashionMnistData, Cifar10Data, LibsvmData, CustomData)},
+    "split": {s.name: s for s in (IidSplit, LabelKSplit, DirichletSplit, QuantitySplit, FeatureNoiseSplit)},
     "model": {"mlp": MLPModel, "cnn": ModelConfig, "resnet20": ResNet20Model, "custom": ModelConfig},
     "algorithm": dict(ALGORITHMS),
-    "tracking": {"none": TrackingConfig, "wandb": WandbTracking, "tensorboard": TrackingConfig},
+    "tracking": {s.name: s for s in (NoTracking, WandbTracking, TensorboardTracking)},
 }
+
+
+def explain_unknown(key: str) -> str:
+    """One line about a key that the configuration does not have: which option has it, or which key is like it."""
+    group, _, name = key.partition(".")
+    options = [option for option, schema in SCHEMAS.get(group, {}).items() if name in {f.name for f in fields(schema)}]
+    if options:
+        return f"`{key}` is a key of {' and '.join(f'{group}={option}' for option in options)}, which is not chosen"
+    keys = {f.name for f in fields(Config)} | {f"checkpoint.{f.name}" for f in fields(CheckpointConfig)}
+    for known_group, schemas in SCHEMAS.items():
+        keys |= {f"{known_group}.{f.name}" for schema in schemas.values() for f in fields(schema)}
+    close = difflib.get_close_matches(key, keys, n=1)
+    return f"`{key}` is not a known key here" + (f"; did you mean {close[0]}?" if close else "")
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -251,8 +331,10 @@ def validate(config: Config, *, num_ranks: int = 1) -> None:
     check_tracking(config.tracking.name)
     if config.resume == "auto" and config.run_dir is None:
         raise ValueError("`resume`=auto needs `run_dir`, the run to go on with")
-    if config.resume not in (None, "auto") and not Path(str(config.resume)).exists():
-        raise ValueError(f"`resume` must be auto or an existing run or checkpoint directory, got {config.resume!r}")
+    if config.resume not in (None, "auto"):
+        checkpoint.find(Path(str(config.resume)))
+    if isinstance(config.data, CustomData):
+        resolve_custom(config.data._target_, target_arguments(config.data))
     if isinstance(config.data, LibsvmData):
         config.data.train_file, config.data.test_file = (
             str(_found(config.data, name)) for name in ("train_file", "test_file")

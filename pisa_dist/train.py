@@ -1,15 +1,19 @@
 """Command line: `python -m pisa_dist.train KEY=VALUE...`, alone, under torchrun or under srun. Also `pisa-train`."""
 
 import os
+import re
 import sys
+import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import hydra
+import torch.distributed as dist
 import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -17,7 +21,11 @@ from omegaconf.errors import OmegaConfBaseException
 from pisa_dist.consensus import ConsensusError
 from pisa_dist.distributed import launched_ranks, process_group, select_device
 from pisa_dist.runner import run
-from pisa_dist.schema import SCHEMAS, Config, as_plain, to_config, validate
+from pisa_dist.schema import SCHEMAS, Config, as_plain, explain_unknown, to_config, validate
+
+# A file name holds 255 bytes; figures and checkpoints lie in folders of their own.
+LONGEST_JOB_NAME = 200
+SECONDS_FOR_RANK_0 = 20.0
 
 USER_ERRORS = (
     ValueError,
@@ -55,63 +63,100 @@ def main() -> None:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
     # Hydra would otherwise print its own many-line report and exit; with this its errors reach us.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    # As `python -m` does: a `_target_` in a file of the working directory is found by the console script too.
+    sys.path.insert(0, os.getcwd())
     register_schemas()
     status = 0
+
+    def failed(error: Exception) -> None:
+        nonlocal status
+        if wants_traceback:
+            raise error
+        status = 2
+        _complain(error)
+
     # One process group for all jobs of a sweep: a rendezvous cannot be repeated under torchrun.
     with ExitStack() as stack:
 
         @hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="config")
         def job(composed: DictConfig) -> None:
-            nonlocal status
             try:
                 _train(composed, stack)
             except USER_ERRORS as error:
-                if wants_traceback:
-                    raise
-                _complain(error)
-                status = 2
+                failed(error)
+                if not _is_alike(error) and launched_ranks()[1] > 1:
+                    # The other ranks are in the middle of this job: going on to the next would cross collectives.
+                    raise SystemExit(status) from error
 
         try:
+            _refuse_empty_groups(sys.argv[1:])
             job()
         except USER_ERRORS as error:
-            if wants_traceback:
-                raise
-            _complain(error)
-            status = 2
+            failed(error)
         except KeyboardInterrupt:
             status = 130
+        if status == 2 and dist.is_initialized():
+            # torchrun ends all ranks when one ends badly: rank 0 may still be drawing.
+            dist.barrier()
     sys.exit(status)
 
 
 def _train(composed: DictConfig, stack: ExitStack) -> None:
-    _, num_ranks, local_rank = launched_ranks()
+    rank, num_ranks, local_rank = launched_ranks()
     config = to_config(composed)
     validate(config, num_ranks=num_ranks)
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN and config.run_dir is not None:
-        config.run_dir = str(Path(config.run_dir) / (hydra_config.job.override_dirname or str(hydra_config.job.num)))
+        config.run_dir = str(Path(config.run_dir) / _job_name(hydra_config.overrides.task, hydra_config.job.num))
     stack.enter_context(process_group(select_device(config.device, local_rank=local_rank)))
     path = run(config, as_plain(composed))
-    if launched_ranks()[0] == 0:
+    if rank == 0:
         print(f"run directory: {path}", flush=True)
 
 
+def _job_name(overrides: Sequence[str], number: int) -> str:
+    """Directory of a sweep's job: what the sweep varies, such as "seed=1,algorithm=sisa"; else the job's number."""
+    varied = [override for override in overrides if override not in sys.argv[1:]]
+    name = ",".join(varied).replace("/", "_")
+    return name if 0 < len(name) <= LONGEST_JOB_NAME else str(number)
+
+
+def _refuse_empty_groups(overrides: Sequence[str]) -> None:
+    """Hydra refuses `data=null` without saying where."""
+    for override in overrides:
+        group, _, value = override.partition("=")
+        if group in SCHEMAS and value in ("", "null", "~"):
+            raise ValueError(f"`{group}` must be one of {', '.join(SCHEMAS[group])}, got {value or 'nothing'}")
+
+
+def _is_alike(error: BaseException) -> bool:
+    """Whether every rank has met this error: settings and refused steps are the same everywhere, files may not be."""
+    return isinstance(error, HydraException | OmegaConfBaseException | ValueError | FloatingPointError)
+
+
 def _complain(error: BaseException) -> None:
-    """One line, whatever the error's own shape; bad settings are alike on all ranks and printed once."""
+    """One line, whatever the error's own shape, written at once; by rank 0 alone where all ranks have met the error."""
     rank, num_ranks, _ = launched_ranks()
-    is_alike = isinstance(error, HydraException | OmegaConfBaseException | ValueError)
-    if is_alike and rank > 0:
+    if _is_alike(error) and rank > 0:
+        if not dist.is_initialized():
+            # torchrun ends all ranks when one ends badly: give rank 0 the time to say why.
+            time.sleep(SECONDS_FOR_RANK_0)
         return
-    message = _one_line(error)
-    prefix = f"rank {rank}: " if num_ranks > 1 and not is_alike else ""
-    print(f"pisa-train: error: {prefix}{message}", file=sys.stderr, flush=True)
+    prefix = f"rank {rank}: " if num_ranks > 1 and not _is_alike(error) else ""
+    sys.stderr.write(f"pisa-train: error: {prefix}{_one_line(error)}\n")
+    sys.stderr.flush()
 
 
 def _one_line(error: BaseException) -> str:
     """The error and its cause on one line, without Hydra's search path and our schema names."""
+    unknown = re.match(r"Could not override '([^']+)'", str(error))
+    if unknown:
+        return explain_unknown(unknown[1])
     cause = error.__cause__ or error.__context__
     texts = [str(error)]
-    if isinstance(error, HydraException) and cause is not None:
+    if isinstance(error, OverrideParseException):
+        texts = [f"{error.override!r} is not KEY=VALUE in Hydra's grammar", str(error).splitlines()[0]]
+    elif isinstance(error, HydraException) and cause is not None:
         texts.append((str(cause).strip().splitlines() or [""])[0])
     text = ": ".join(text for text in texts if text.strip()) or type(error).__name__
     text = text.split("Config search path:")[0].removeprefix("In 'config': ")

@@ -501,7 +501,7 @@ def test_two_ranks_refuse_the_same_gradients_and_a_sweep_goes_on_after_a_failed_
     lines = errors(done.stderr)
     assert lines
     assert all(line.count("pisa-train: error: ") == 1 for line in lines)
-    assert all(re.search(r"error: rank [01]: non-finite gradient on worker 2 in head\.weight", line) for line in lines)
+    assert all(re.search(r"error: non-finite gradient on worker 2 in head\.weight", line) for line in lines)
     assert "in _train" not in done.stderr  # the only traceback is torchrun's own
     skipping = job_of(tmp_path / "together", "on_nonfinite=skip")
     assert_same_metrics(skipping, tmp_path / "alone", rel=1e-9)

@@ -3,14 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from pisa_dist.schema import SCHEMAS, Config, as_plain, target_arguments, to_config, validate
+from pisa_dist.checks import RANGES
+from pisa_dist.schema import SCHEMAS, CheckpointConfig, Config, as_plain, target_arguments, to_config, validate
 from pisa_dist.train import config_directory, register_schemas
 
 pytestmark = pytest.mark.timeout(60)
@@ -138,15 +139,15 @@ def test_defaults_in_the_root_are_those_of_the_schema() -> None:
 def test_a_target_is_called_with_the_keys_that_are_not_the_packages_own() -> None:
     config = checked(
         "data=custom",
-        "data._target_=pisa_dist.data.datasets.digits",
+        "data._target_=fractions.Fraction",
         "data.num_train=5",
-        "+data.extra=1",
+        "+data.numerator=1",
         "model=custom",
         "model._target_=torch.nn.Linear",
         "+model.in_features=64",
         "+model.out_features=10",
     )
-    assert target_arguments(config.data) == {"extra": 1}
+    assert target_arguments(config.data) == {"numerator": 1}
     assert target_arguments(config.model) == {"in_features": 64, "out_features": 10}
 
 
@@ -154,3 +155,13 @@ def test_the_configs_of_a_run_resolve_to_plain_yaml() -> None:
     plain = as_plain(compose("config", overrides=["split=label_k"]))
     assert yaml.safe_load(yaml.safe_dump(dict(plain))) == plain
     assert plain["split"] == {"name": "label_k", "labels_per_worker": 1}
+
+
+SCHEMA_CLASSES = {Config, CheckpointConfig, *(schema for options in SCHEMAS.values() for schema in options.values())}
+
+
+@pytest.mark.parametrize("schema", sorted(SCHEMA_CLASSES, key=lambda schema: schema.__name__))
+def test_every_number_in_the_configuration_has_a_range(schema: type) -> None:
+    kinds = get_type_hints(schema)
+    numbers = {name for name in known_keys(schema) if kinds[name] in (int, float, int | None, float | None)}
+    assert numbers <= set(RANGES)

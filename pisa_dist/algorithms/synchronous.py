@@ -52,11 +52,18 @@ class Synchronous(Algorithm):
                     f"`algorithm.optimizer_options.{key}` is not an option of torch.optim.{self.optimizer}"
                 )
         try:
-            self._optimizers([nn.Parameter(torch.zeros(1, 1))])
-        except (ValueError, TypeError) as error:
+            self._trial_step()
+        except Exception as error:  # torch's optimizers refuse in every way there is
             raise ValueError(
                 f"`algorithm.optimizer_options` are refused by torch.optim.{self.optimizer}: {error}"
             ) from error
+
+    def _trial_step(self) -> None:
+        """One step on a small matrix: an optimizer that needs a closure or sparse gradients fails here."""
+        parameter = nn.Parameter(torch.zeros(2, 2))
+        parameter.grad = torch.zeros(2, 2)
+        for optimizer in self._optimizers([parameter]):
+            optimizer.step()
 
     def _optimizers(self, parameters: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
         kind = getattr(torch.optim, self.optimizer)

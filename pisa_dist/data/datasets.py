@@ -4,10 +4,10 @@ import inspect
 import logging
 import os
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -223,17 +223,7 @@ def custom(target: str, arguments: Mapping[str, Any]) -> TrainTest:
         ValueError: there is no such function, it does not take the arguments, or it returns something else:
             targets that are not integers, shapes that differ, labels below 0, NaN or infinite features.
     """
-    try:
-        function = pkgutil.resolve_name(target)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"`data._target_` must name a function to import, got {target!r}: {error}") from error
-    if not callable(function):
-        raise ValueError(f"`data._target_` must name a function, got {target!r}, which is {function!r}")
-    try:
-        inspect.signature(function).bind(**arguments)
-    except TypeError as error:
-        raise ValueError(f"the arguments do not fit `data._target_` {target}: {error}") from error
-    pair = function(**arguments)
+    pair = resolve_custom(target, arguments)(**arguments)
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise ValueError(f"`data._target_` {target} must return (train, test), got {type(pair).__name__}")
     names = [f"`data._target_` {target}, {part} set" for part in ("train", "test")]
@@ -245,6 +235,29 @@ def custom(target: str, arguments: Mapping[str, Any]) -> TrainTest:
     if train.input_shape != test.input_shape:
         raise ValueError(f"{names[1]}: expected inputs of {train.input_shape} as in train, found {test.input_shape}")
     return TrainTest(train, test)
+
+
+def resolve_custom(target: str, arguments: Mapping[str, Any]) -> Callable[..., Any]:
+    """The function of `custom`, checked to take the arguments; not called, so that no data are read.
+
+    Raises:
+        ValueError: there is no such function, or it does not take the arguments.
+    """
+    try:
+        function = pkgutil.resolve_name(target)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"`data._target_` must name a function to import, got {target!r}: {error}") from error
+    if not callable(function):
+        raise ValueError(f"`data._target_` must name a function, got {target!r}, which is {function!r}")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some builtins do not tell; calling them is then the only check
+        return cast(Callable[..., Any], function)
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"the arguments do not fit `data._target_` {target}: {error}") from error
+    return cast(Callable[..., Any], function)
 
 
 def subset(dataset: Dataset, num_samples: int, *, seed: int) -> Dataset:

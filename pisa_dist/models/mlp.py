@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,6 +26,11 @@ class MLP(nn.Module):
         for inputs, outputs in pairwise(sizes):
             layers += [nn.Linear(inputs, outputs), nn.ReLU()]
         self.layers = nn.Sequential(*layers[:-1])  # logits are not rectified
+
+    @staticmethod
+    def check_arguments(arguments: Mapping[str, Any]) -> None:
+        """Refuse arguments that no data could make right, before any are read."""
+        _checked_sizes(arguments.get("hidden_sizes", ()))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits [batch, num_classes] of inputs [batch, *input_shape]."""

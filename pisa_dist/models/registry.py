@@ -36,6 +36,10 @@ def check_model(target: str, arguments: Mapping[str, Any]) -> None:
     for name, parameter in named.items():
         if parameter.default is parameter.empty and name not in arguments and name not in FROM_DATA:
             raise ValueError(f"`model.{name}` must be given: {target} has no default for it")
+    # What the package's own models can say of their arguments without knowing the data.
+    check_arguments = getattr(_resolve(target), "check_arguments", None)
+    if check_arguments is not None:
+        check_arguments(arguments)
 
 
 def build_model(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
+
+from pisa_dist.checks import check_choice
 
 NORM_GROUPS = 8  # divides every width of the network: 16, 32, 64
 
@@ -38,8 +41,7 @@ class ResNet20(nn.Module):
                 f"`model` resnet20 needs images [channels, height, width], got input_shape "
                 f"{list(input_shape)}; use model=mlp"
             )
-        if norm not in NORMS:
-            raise ValueError(f"`model.norm` must be one of {', '.join(NORMS)}, got {norm!r}")
+        self.check_arguments({"norm": norm})
         make_norm = NORMS[norm]
         self.stem = nn.Sequential(_conv3x3(input_shape[0], 16, stride=1), make_norm(16), nn.ReLU())
         self.stages = nn.Sequential(
@@ -48,6 +50,11 @@ class ResNet20(nn.Module):
             *_stage(32, 64, stride=2, make_norm=make_norm),
         )
         self.classifier = nn.Linear(64, num_classes)
+
+    @staticmethod
+    def check_arguments(arguments: Mapping[str, Any]) -> None:
+        """Refuse arguments that no data could make right, before any are read."""
+        check_choice("model.norm", arguments.get("norm", "group"), tuple(NORMS))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits [batch, num_classes] of images [batch, channels, height, width]."""
