@@ -1,8 +1,8 @@
 """The round loop: local work of the hosted workers, one sum over the ranks, consensus, evaluation."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,7 @@ class RoundOutcome:
     primal_residual: float | None = None
     dual_residual: float | None = None
     problem: str | None = None
+    stopped: bool = False
 
 
 @dataclass
@@ -90,6 +91,7 @@ class Trainer:
         worker_weight: alpha_i of every worker, summing to 1.
         plan: what to run.
         consensus: how ranks sum.
+        stop_requested: asked on every rank in every round; once it is true on any, all stop after that round.
     """
 
     model: nn.Module
@@ -100,6 +102,7 @@ class Trainer:
     worker_weight: Sequence[float]
     plan: TrainingPlan
     consensus: Consensus
+    stop_requested: Callable[[], bool] = lambda: False
     hosted: range = field(init=False)
     state: TrainingState = field(init=False)
 
@@ -122,6 +125,8 @@ class Trainer:
     def run(self) -> Iterator[tuple[int, RoundOutcome, dict[str, float | int | None] | None]]:
         """Run the rounds that are left; yields (round, outcome, metrics), metrics None between evaluations.
 
+        Ends early, after a round whose outcome says so, if any rank was asked to stop.
+
         Raises:
             FloatingPointError: a gradient was NaN or infinite and the plan's `on_nonfinite` is "raise"; the state is
                 that of the round before.
@@ -139,6 +144,8 @@ class Trainer:
             if metrics is not None:
                 metrics["seconds"] = self.state.seconds
             yield self.state.round_number, outcome, metrics
+            if outcome.stopped:
+                return
 
     def run_round(self) -> RoundOutcome:
         """One round: local work, one sum over all ranks, consensus."""
@@ -167,8 +174,8 @@ class Trainer:
             total = self.consensus.sum_message([*message.values(), *buffer_message.values()], scalars)
             sums = total.scalars.tolist()
             problem = describe_faults(sums[:NUM_FAULT_SCALARS], gradients.fault, list(self.state.weights))
-            loss_sum, primal_square = sums[NUM_FAULT_SCALARS:]
-            outcome = RoundOutcome(loss_sum / round_.present_weight, problem=problem)
+            loss_sum, primal_square, num_stopping = sums[NUM_FAULT_SCALARS:]
+            outcome = RoundOutcome(loss_sum / round_.present_weight, problem=problem, stopped=num_stopping > 0)
             if problem is not None and self.plan.on_nonfinite == "raise":
                 raise FloatingPointError(f"{problem} in round {number}: the weights of round {number - 1} are kept")
             self._count(present, total.num_bytes)
@@ -182,7 +189,7 @@ class Trainer:
             self._commit(rows, local, result, dict(zip(buffer_message, total.tensors[split:], strict=True)))
         self.state.loss_sum += outcome.train_loss
         self.state.loss_rounds += 1
-        return RoundOutcome(outcome.train_loss, result.penalty, *residuals)
+        return replace(outcome, penalty=result.penalty, primal_residual=residuals[0], dual_residual=residuals[1])
 
     def evaluate(self, outcome: RoundOutcome) -> dict[str, float | int | None]:
         """The metrics line of the round that `outcome` belongs to; `train_loss` is the mean since the last line."""
@@ -262,7 +269,7 @@ class Trainer:
         mean_losses = gradients.loss_sums / self.plan.local_steps
         loss = float(mean_losses @ round_.worker_weight.cpu())
         primal = 0.0 if local.primal_residual is None else float(local.primal_residual)
-        return [*fault_scalars(gradients.fault), loss, primal]
+        return [*fault_scalars(gradients.fault), loss, primal, float(self.stop_requested())]
 
     def _count(self, present: Sequence[int], num_bytes: int) -> None:
         batch = self.plan.batch_size

@@ -199,7 +199,7 @@ def test_bytes_are_those_of_one_message_per_participant():
     trainer = make_trainer(ALGORITHMS["sisa"](), num_workers=4, rounds=2, participation=0.5, dtype=torch.float32)
     trainer.run_round()
     numel = sum(p.numel() for p in trainer.model.parameters())
-    assert trainer.state.bytes_sent == 2 * 4 * (numel + 5)
+    assert trainer.state.bytes_sent == 2 * 4 * (numel + 6)
 
 
 def count_collectives(rank, num_ranks):
@@ -219,7 +219,7 @@ def count_collectives(rank, num_ranks):
 
 def test_a_round_is_one_all_reduce_of_one_parameter_sized_buffer():
     for calls, numel in run_ranks(count_collectives, 2):
-        assert calls == [numel + 5] * 3
+        assert calls == [numel + 6] * 3
 
 
 def test_float32_workers_train_in_float32_and_bfloat16_weights_keep_float32_duals():
@@ -228,6 +228,17 @@ def test_float32_workers_train_in_float32_and_bfloat16_weights_keep_float32_dual
     assert trainer.state.weights["0.weight"].dtype == torch.bfloat16
     assert trainer.state.workers["0.weight"]["dual"].dtype == torch.float32
     assert trainer.state.workers["0.weight"]["second_moment"].dtype == torch.float32
+
+
+def stop_one_rank(rank, num_ranks):
+    trainer = make_trainer(ALGORITHMS["sisa"](), rounds=10, consensus=AllReduce())
+    trainer.stop_requested = lambda: rank == 1 and trainer.state.round_number == 3
+    return [(number, outcome.stopped) for number, outcome, _ in trainer.run()]
+
+
+def test_all_ranks_stop_after_the_round_in_which_one_was_asked_to():
+    for rounds in run_ranks(stop_one_rank, 2):
+        assert rounds == [(1, False), (2, False), (3, False), (4, True)]
 
 
 def test_frozen_parameters_stay_out_of_the_message_and_unchanged():
