@@ -128,11 +128,13 @@ LABEL_FILE, IMAGE_FILE = "train-labels-idx1-ubyte", "train-images-idx3-ubyte"
         (IMAGE_FILE, idx(IMAGES["train"][:, :27]), "expected images of 28 x 28, found 27 x 28"),
         (LABEL_FILE, idx(LABELS["train"][:6]), "expected 7 labels, one for each image, found 6"),
         (f"{LABEL_FILE}.gz", idx(LABELS["train"]), "corrupt or truncated .gz data: "),
-        (f"{LABEL_FILE}.gz", gzip.compress(idx(LABELS["train"]))[:-9], "corrupt or truncated .gz data: "),
-        (f"{LABEL_FILE}.gz", gzip.compress(idx(LABELS["train"])) + b"more", "corrupt or truncated .gz data: "),
+        (f"{LABEL_FILE}.gz", gzip.compress(idx(LABELS["train"]), mtime=0)[:-9], "corrupt or truncated .gz data: "),
+        (f"{LABEL_FILE}.gz", gzip.compress(idx(LABELS["train"]), mtime=0) + b"more", "corrupt or truncated .gz data: "),
         (
             f"{LABEL_FILE}.gz",
-            gzip.compress(idx(LABELS["train"]))[:12] + b"\xff\xff" + gzip.compress(idx(LABELS["train"]))[14:],
+            gzip.compress(idx(LABELS["train"]), mtime=0)[:12]
+            + b"\xff\xff"
+            + gzip.compress(idx(LABELS["train"]), mtime=0)[14:],
             "corrupt or truncated .gz data: ",
         ),
     ],
