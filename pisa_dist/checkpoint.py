@@ -1,69 +1,195 @@
-"""Checkpoints by worker, with torch.distributed.checkpoint: saved on any number of ranks, resumed on any other.
+"""Checkpoints by worker: atomic, verified, rotated, written in the background; resumed on any number of ranks.
 
-Every worker's state has keys of its own ("workers/3/fc.weight/dual"), because the library silently keeps one copy of
-plain tensors that share a name. What all ranks hold alike is kept once.
+`python -m pisa_dist.checkpoint inspect PATH` shows what is inside.
 """
 
+import argparse
+import hashlib
 import json
 import os
 import shutil
+import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
-from pisa_dist.algorithms.base import State
-from pisa_dist.trainer import Trainer, TrainingState
+from pisa_dist.snapshot import Flat, contents, flatten, require_fit, resize_duals, restore, wanted_keys
+from pisa_dist.trainer import Trainer
 
-FORMAT = 1
-_COUNTERS = ("round_number", "samples_seen", "bytes_sent", "seconds", "loss_sum", "loss_rounds")
+CONTENTS, CHECKSUMS = "contents.json", "checksums.json"
+UNFINISHED = ".unfinished"
 
 
-def save(trainer: Trainer, directory: Path) -> Path:
-    """Write the trainer's state as `directory`/round_NNNNNN; every rank must call it.
+class Checkpointer:
+    """Writes a run's checkpoints while training goes on, one at a time, on every rank alike.
 
-    The checkpoint has another name until it is complete, so that a half-written one is never picked.
+    The state is copied at once; a thread writes it with torch.distributed.checkpoint over a process group of its own,
+    so that its collectives never mix with training's. A checkpoint has another name until it is complete and its
+    checksums are written, so that a half-written one is never picked. Call `close` at the end.
+
+    Args:
+        directory: where checkpoints lie, `<run>/checkpoints`.
+        keep_last: number of complete checkpoints to keep, >= 1.
+        asynchronous: False waits for each checkpoint.
+        timeout: how long a rank waits for the others.
     """
-    path = directory / f"round_{trainer.state.round_number:06d}"
-    unfinished = path.with_suffix(".unfinished")
-    if trainer.consensus.rank == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        (unfinished / "contents.json").write_text(json.dumps(_contents(trainer)))
-    _barrier()
-    with _single_process_allowed():
-        save_distributed(_flat(trainer.state, trainer.hosted), storage_writer=FileSystemWriter(unfinished))
-    _barrier()
-    if trainer.consensus.rank == 0:
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(unfinished, path)
-    _barrier()
-    return path
+
+    def __init__(
+        self, directory: Path, *, keep_last: int = 3, asynchronous: bool = True, timeout: timedelta | None = None
+    ) -> None:
+        self.directory = directory
+        self.keep_last = keep_last
+        self.asynchronous = asynchronous
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
+        self._is_first = self._group is None or dist.get_rank() == 0
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[Path] | None = None
+
+    def save(self, trainer: Trainer) -> None:
+        """Begin to write the trainer's state as round_NNNNNN, after the one before is complete.
+
+        A checkpoint that could not be written (a full disk) is a warning on rank 0: training goes on, and so do the
+        checkpoints that exist.
+        """
+        self.wait()
+        state, about = flatten(trainer.state, trainer.hosted), contents(trainer)
+        self._pending = self._thread.submit(self._write, state, about)
+        if not self.asynchronous:
+            self.wait()
+
+    def wait(self) -> bool:
+        """Wait for the checkpoint that is being written; whether it is complete (True where there is none)."""
+        if self._pending is None:
+            return True
+        pending, self._pending = self._pending, None
+        try:
+            pending.result()
+        except (OSError, CheckpointException, RuntimeError) as error:
+            if self._is_first:
+                lines = [line for line in str(error).splitlines() if line.strip()]
+                reason = lines[-1].strip() if lines else type(error).__name__
+                print(f"warning: checkpoint not written, training goes on: {reason}", file=sys.stderr, flush=True)
+            return False
+        return True
+
+    def close(self) -> bool:
+        """Wait for what is being written, and end the thread; whether the last checkpoint is complete."""
+        complete = self.wait()
+        self._thread.shutdown()
+        return complete
+
+    def _write(self, state: Flat, about: dict[str, Any]) -> Path:
+        path = self.directory / f"round_{about['round']:06d}"
+        unfinished = path.with_suffix(UNFINISHED)
+        error: str | None = None
+        if self._is_first:
+            try:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir(parents=True)
+                (unfinished / CONTENTS).write_text(json.dumps(about))
+            except OSError as failure:
+                error = str(failure)
+        self._agree(error)
+        try:
+            with _single_process_allowed():
+                # A list of plain tensors by unique names needs no replicated planning beyond the library's own.
+                save_distributed(dict(state), storage_writer=FileSystemWriter(unfinished), process_group=self._group)
+            error = self._publish(unfinished, path)
+        except (OSError, CheckpointException, RuntimeError):
+            if self._is_first:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        self._agree(error)
+        return path
+
+    def _publish(self, unfinished: Path, path: Path) -> str | None:
+        """Checksums, then the final name, then the oldest checkpoints go; what went wrong, on rank 0."""
+        if not self._is_first:
+            return None
+        try:
+            sums = {file.name: _digest(file) for file in sorted(unfinished.iterdir())}
+            _write_durably(unfinished / CHECKSUMS, json.dumps(sums))
+            if path.exists():  # a resumed run has come to this round again: never be without a whole one
+                os.replace(path, path.with_name(f"{path.name}-replaced{UNFINISHED}"))
+            os.replace(unfinished, path)
+            shutil.rmtree(path.with_name(f"{path.name}-replaced{UNFINISHED}"), ignore_errors=True)
+            for old in complete(self.directory)[self.keep_last :]:
+                shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            return str(error)
+        return None
+
+    def _agree(self, error: str | None) -> None:
+        """Rank 0's file operations, seen by all: everyone goes on or everyone fails."""
+        answer = [error]
+        if self._group is not None:
+            dist.broadcast_object_list(answer, src=0, group=self._group)
+        if answer[0] is not None:
+            raise OSError(answer[0])
+
+
+def complete(directory: Path) -> list[Path]:
+    """The complete checkpoints in a `checkpoints/` directory or of a run, newest first."""
+    folder = directory / "checkpoints" if (directory / "checkpoints").is_dir() else directory
+    found = [p for p in folder.glob("round_*") if p.suffix != UNFINISHED and (p / CONTENTS).is_file()]
+    return sorted(found, reverse=True)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, by their checksums; None if nothing is."""
+    try:
+        sums = json.loads((path / CHECKSUMS).read_text())
+        for name, expected in sums.items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if _digest(file) != expected:
+                return f"{name} is damaged ({file.stat().st_size} bytes, its checksum differs)"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{CHECKSUMS} cannot be read ({error})"
+    return None
 
 
 def newest(directory: Path) -> Path | None:
-    """The newest complete checkpoint in a `checkpoints/` directory or of a run; None where there is none."""
-    folder = directory / "checkpoints" if (directory / "checkpoints").is_dir() else directory
-    complete = [path for path in folder.glob("round_*") if path.is_dir() and path.suffix != ".unfinished"]
-    return max(complete, default=None)
+    """The newest checkpoint whose files are whole, or None; a damaged one is passed over with a warning."""
+    for path in complete(directory):
+        problem = damage(path)
+        if problem is None:
+            return path
+        print(f"warning: checkpoint {path} is passed over: {problem}", file=sys.stderr, flush=True)
+    return None
 
 
-def find(source: Path) -> Path:
-    """The checkpoint that a path stands for: itself, or the newest of a run or of a `checkpoints/` directory.
+def find(source: Path, *, verify: bool = True) -> Path:
+    """The checkpoint that a path stands for: itself, or the newest whole one of a run or of a `checkpoints/` directory.
+
+    Args:
+        source: the path.
+        verify: check the checksums, which reads the files; False only looks whether there is one.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or the one named is damaged.
     """
-    found = source if (source / "contents.json").is_file() else newest(source)
+    if (source / CONTENTS).is_file():
+        problem = damage(source) if verify else None
+        if problem is not None:
+            raise ValueError(f"`resume` {str(source)!r} is damaged: {problem}: use an older one, or resume=auto")
+        return source
+    found = newest(source) if verify else next(iter(complete(source)), None)
     if found is None:
         raise ValueError(
             f"`resume` must be auto or a run or checkpoint directory, got {str(source)!r}, which holds no checkpoint "
@@ -72,95 +198,118 @@ def find(source: Path) -> Path:
     return found
 
 
-def load(trainer: Trainer, path: Path) -> None:
-    """Put a checkpoint's state into a trainer, whatever the number of ranks that saved it; every rank must call it.
+def read_contents(path: Path) -> dict[str, Any]:
+    """contents.json of a checkpoint.
 
     Raises:
-        ValueError: it is no checkpoint, or of another format, method, model or number of workers; says what was
-            found and what was expected.
+        ValueError: it is not there or cannot be read.
     """
     try:
-        found = json.loads((path / "contents.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        found = json.loads((path / CONTENTS).read_text())
+    except (OSError, ValueError) as error:
         raise ValueError(f"`resume` {str(path)!r} is not a checkpoint: {error}") from error
-    for key, expected in _contents(trainer).items():
-        if found.get(key) != expected:
-            was, wants = _first_difference(found.get(key), expected)
-            raise ValueError(f"`resume` {str(path)!r} does not fit: its {key} is {was}, this run's is {wants}")
+    if not isinstance(found, dict):
+        raise ValueError(f"`resume` {str(path)!r} is not a checkpoint: {CONTENTS} holds no mapping")
+    return found
+
+
+def load(trainer: Trainer, path: Path, *, resize: str = "refuse") -> None:
+    """Put a checkpoint's state into a trainer, whatever the number of ranks that saved it; every rank must call it.
+
+    Args:
+        trainer: of this run; its state is replaced.
+        path: from `find` or `newest`.
+        resize: what to do about another number of workers, see `snapshot.resize_duals`; "refuse" refuses.
+
+    Raises:
+        ValueError: it does not fit; says what was found, what was expected and what to do.
+    """
+    found = read_contents(path)
+    require_fit(found, trainer, source=str(path), resize=resize)
+    keys = _tensor_keys(path)
+    trainer.state = restore(_read(path, wanted_keys(keys, trainer.hosted)), trainer)
+    if found["num_workers"] != len(trainer.shard_sizes):
+        resize_duals(
+            trainer, found, lambda worker, name: _read_alone(path, f"workers/{worker}/{name}/dual"), policy=resize
+        )
+
+
+def inspect(path: Path) -> str:
+    """A page about a checkpoint: round, workers, norm of each dual, and the sum of the weighted duals."""
+    about = read_contents(path)
+    numbers = [f"{key:16} {about[key]}" for key in ("format", "algorithm", "round", "num_workers")]
+    numel = sum(torch.Size(shape).numel() for shape, _ in about["tensors"].values())
+    lines = [
+        *numbers,
+        f"{'numbers':16} {numel} in {len(about['tensors'])} tensors",
+        f"{'files':16} {damage(path) or 'whole'}",
+    ]
+    duals = [key for key in _tensor_keys(path) if key.endswith("/dual")]
+    if duals:
+        total: dict[str, Tensor] = {}
+        lines.append("worker  weight   norm of its dual")
+        for worker, weight in enumerate(about["worker_weight"]):
+            square = 0.0
+            for key in (key for key in duals if key.startswith(f"workers/{worker}/")):
+                dual = _read_alone(path, key).double()
+                square += float(dual.square().sum())
+                name = key.split("/")[2]
+                total[name] = total.get(name, torch.zeros_like(dual)) + weight * dual
+            lines.append(f"{worker:6}  {weight:6.4f}   {square**0.5:.6g}")
+        norm = sum(float(t.square().sum()) for t in total.values()) ** 0.5
+        lines.append(f"norm of sum_i alpha_i pi_i: {norm:.6g} (0 at a fixed point without consensus_l2)")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pisa_dist.checkpoint", description=__doc__.splitlines()[0] if __doc__ else None
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    shown = commands.add_parser("inspect", help="show what is inside")
+    shown.add_argument("path", type=Path, help="a checkpoint, or a run, whose newest is taken")
+    arguments = parser.parse_args(argv)
+    try:
+        path = arguments.path if (arguments.path / CONTENTS).is_file() else find(arguments.path)
+        print(path, inspect(path), sep="\n")
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _tensor_keys(path: Path) -> list[str]:
+    entries = FileSystemReader(path).read_metadata().state_dict_metadata
+    return [key for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)]
+
+
+def _read(path: Path, keys: Sequence[str], *, alone: bool = False) -> Flat:
+    """Some tensors of a checkpoint; unless `alone`, a collective over the ranks, each with keys of its own."""
     reader = FileSystemReader(path)
-    mine = tuple(f"workers/{worker}/" for worker in trainer.hosted)
-    wanted: dict[str, Tensor] = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata) and (key.startswith(mine) or not key.startswith("workers/"))
-    }
+    flat: Flat = {}
+    for key, entry in reader.read_metadata().state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata) and key in keys:
+            flat[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
     with _single_process_allowed():
-        load_distributed(dict(wanted), storage_reader=reader)
-    trainer.state = _unflat(wanted, trainer)
-
-
-def _contents(trainer: Trainer) -> dict[str, Any]:
-    """What must agree for a checkpoint to fit; also what a person can read without torch."""
-    state = trainer.state
-    return {
-        "format": FORMAT,
-        "algorithm": trainer.algorithm.name,
-        "num_workers": len(trainer.shard_sizes),
-        "tensors": {name: [list(t.shape), str(t.dtype)] for name, t in (state.weights | state.buffers).items()},
-    }
-
-
-def _first_difference(found: Any, expected: Any) -> tuple[Any, Any]:
-    if isinstance(found, Mapping) and isinstance(expected, Mapping):
-        for name in [*expected, *found]:
-            if found.get(name) != expected.get(name):
-                return f"{name} {found.get(name, 'absent')}", f"{name} {expected.get(name, 'absent')}"
-    return found, expected
-
-
-def _flat(state: TrainingState, hosted: Sequence[int]) -> dict[str, Any]:
-    flat: dict[str, Any] = {f"weights/{name}": value for name, value in state.weights.items()}
-    flat |= {f"buffers/{name}": value for name, value in state.buffers.items()}
-    flat |= {f"shared/{n}/{kind}": v for n, kinds in state.shared.items() for kind, v in kinds.items()}
-    for row, worker in enumerate(hosted):
-        flat[f"workers/{worker}/num_participations"] = state.num_participations[row].clone()
-        for name, kinds in state.workers.items():
-            flat |= {f"workers/{worker}/{name}/{kind}": value[row].clone() for kind, value in kinds.items()}
-    # Tensors, so that nothing in a checkpoint needs unpickling.
-    flat |= {f"counters/{name}": torch.tensor(getattr(state, name)) for name in _COUNTERS}
-    for name in ("seconds", "loss_sum"):
-        flat[f"counters/{name}"] = torch.tensor(getattr(state, name), dtype=torch.float64)
+        load_distributed(dict(flat), storage_reader=reader, no_dist=alone)
     return flat
 
 
-def _unflat(flat: Mapping[str, Tensor], trainer: Trainer) -> TrainingState:
-    old = trainer.state
-    device = next(iter(old.weights.values())).device
-    shared: State = {}
-    for key in (key for key in flat if key.startswith("shared/")):
-        _, name, kind = key.split("/")
-        shared.setdefault(name, {})[kind] = flat[key]
-    workers = {
-        name: {
-            kind: torch.stack([flat[f"workers/{worker}/{name}/{kind}"] for worker in trainer.hosted]).to(device)
-            for kind in kinds
-        }
-        for name, kinds in old.workers.items()
-    }
-    counters: dict[str, Any] = {name: flat[f"counters/{name}"].item() for name in _COUNTERS}
-    return TrainingState(
-        weights={name: flat[f"weights/{name}"].to(device) for name in old.weights},
-        buffers={name: flat[f"buffers/{name}"].to(device) for name in old.buffers},
-        shared=_on_device(shared, device),
-        workers=workers,
-        num_participations=torch.stack([flat[f"workers/{w}/num_participations"] for w in trainer.hosted]),
-        **counters,
-    )
+def _read_alone(path: Path, key: str) -> Tensor:
+    return _read(path, [key], alone=True)[key]
 
 
-def _on_device(shared: State, device: torch.device) -> State:
-    # torch's optimizers keep their step counts on the CPU.
-    return {n: {k: v if k == "step" else v.to(device) for k, v in kinds.items()} for n, kinds in shared.items()}
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_durably(file: Path, text: str) -> None:
+    with file.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 @contextmanager
@@ -171,6 +320,5 @@ def _single_process_allowed() -> Iterator[None]:
         yield
 
 
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,9 +1,12 @@
 """The run directory: configuration, metrics, split and summary as files, written by rank 0 alone."""
 
+import fcntl
 import json
+import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -53,6 +56,27 @@ class RunDirectory:
             raise ValueError(f"`run_dir` {run_dir or 'runs'!r} cannot be written: {error.strerror}") from error
         return path
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for this process; the lock goes with the process, however it ends.
+
+        Raises:
+            ValueError: another process holds it.
+        """
+        with (self.path / "lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                owner = file.read().strip() or "another process"
+                raise ValueError(
+                    f"`run_dir` {str(self.path)!r} is in use by {owner}: wait for it, or choose another"
+                ) from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+            yield
+
     def write_config(self, config: Mapping[str, Any]) -> None:
         """config.yaml: the resolved configuration."""
         (self.path / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
@@ -83,8 +107,8 @@ class RunDirectory:
                 break
         return parsed
 
-    def write_summary(self, facts: Mapping[str, Any]) -> None:
-        """summary.json: facts of the run, last and best of the metrics, versions, commit."""
+    def write_summary(self, facts: Mapping[str, Any], *, status: str = "completed") -> None:
+        """summary.json: status, facts of the run, last and best of the metrics, versions, commit."""
         metrics = self.metrics()
         best = {
             "train_loss": _best(min, metrics, "train_loss"),
@@ -92,9 +116,9 @@ class RunDirectory:
             "test_accuracy": _best(max, metrics, "test_accuracy"),
         }
         summary = {
-            "status": "completed",
+            "status": status,
             **facts,
-            "last": metrics[-1],
+            "last": metrics[-1] if metrics else None,
             "best": best,
             "versions": versions(),
             "commit": commit(),

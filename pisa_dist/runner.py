@@ -2,9 +2,11 @@
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ from pisa_dist.data.skew import class_counts, skew_measures
 from pisa_dist.data.splits import SPLITS
 from pisa_dist.distributed import launched_ranks, require_same, select_device
 from pisa_dist.models import build_model
+from pisa_dist.preemption import Preempted, StopRequest
 from pisa_dist.progress import Progress
 from pisa_dist.report import draw_run
 from pisa_dist.rundir import RunDirectory
@@ -27,6 +30,7 @@ from pisa_dist.tracking import NoTracker, Tracker, make_tracker
 from pisa_dist.trainer import Trainer, TrainingPlan
 
 Parts = list[list[int]]
+Found = TypeVar("Found")
 
 
 def run(config: Config, resolved: Mapping[str, Any]) -> Path:
@@ -43,22 +47,43 @@ def run(config: Config, resolved: Mapping[str, Any]) -> Path:
         ValueError, FileNotFoundError: data, split, model or checkpoint do not fit; one line each.
         FloatingPointError: a non-finite gradient, with on_nonfinite=raise.
         ConsensusError: another rank has stopped.
+        Preempted: the run was asked to stop, and has written a checkpoint.
     """
     consensus = make_consensus()
-    is_first = consensus.rank == 0
-    path = _agree_on_directory(config, consensus)
-    files = RunDirectory(path)
-    data = load_data(config)
-    parts = split_data(config, data.train)
-    trainer = _make_trainer(config, data, parts, consensus)
-    _resume(config, trainer, path)
-    if is_first:
-        files.write_config({**resolved, "run_dir": str(path)})
-        files.write_split(_describe_split(config, data.train, parts))
-        files.keep_metrics_until(trainer.state.round_number)
-    tracker = _make_tracker(config, path, resolved) if is_first else NoTracker()
-    start = trainer.state.round_number
-    with Progress(config.rounds, start_round=start, enabled=is_first) as progress:
+    with ExitStack() as stack:
+        stop = StopRequest(config.max_seconds)
+        stack.enter_context(stop.listening())
+        files = RunDirectory(_from_first_rank(consensus, lambda: _claim_directory(config, stack)))
+        data = load_data(config)
+        source = _from_first_rank(consensus, lambda: _source(config, files.path))
+        before = checkpoint.read_contents(source)["num_workers"] if source is not None else None
+        parts = split_data(config, data.train, before)
+        trainer = _make_trainer(config, data, parts, consensus)
+        trainer.stop_requested = stop
+        if source is not None:
+            checkpoint.load(trainer, source, resize=config.checkpoint.resize)
+        if consensus.rank == 0:
+            files.write_config({**resolved, "run_dir": str(files.path)})
+            files.write_split(_describe_split(config, data.train, parts))
+            files.keep_metrics_until(trainer.state.round_number)
+        _train(config, trainer, files, resolved, num_train=len(data.train))
+    return files.path
+
+
+def _train(
+    config: Config, trainer: Trainer, files: RunDirectory, resolved: Mapping[str, Any], *, num_train: int
+) -> None:
+    is_first = trainer.consensus.rank == 0
+    every, number = config.checkpoint.every, trainer.state.round_number
+    is_stopped = False
+    tracker = _make_tracker(config, files.path, resolved) if is_first else NoTracker()
+    checkpointer = checkpoint.Checkpointer(
+        files.path / "checkpoints",
+        keep_last=config.checkpoint.keep_last,
+        asynchronous=config.checkpoint.asynchronous,
+        timeout=timedelta(seconds=config.timeout_seconds),
+    )
+    with Progress(config.rounds, start_round=number, enabled=is_first) as progress:
         for number, outcome, metrics in trainer.run():
             if outcome.problem and is_first:
                 print(f"round {number}: {outcome.problem}: round skipped", file=sys.stderr, flush=True)
@@ -67,14 +92,20 @@ def run(config: Config, resolved: Mapping[str, Any]) -> Path:
                 files.append_metrics(metrics)
                 tracker.log(metrics)
                 progress.evaluated(metrics)
-            every = config.checkpoint.every
-            if every and (number % every == 0 or number == config.rounds):
-                checkpoint.save(trainer, path / "checkpoints")
+            is_stopped = outcome.stopped and number < config.rounds
+            if is_stopped or (every and (number % every == 0 or number == config.rounds)):
+                checkpointer.save(trainer)
+    is_saved = checkpointer.close()
     tracker.finish()
     if is_first:
-        files.write_summary(_facts(config, trainer, len(data.train)))
-        draw_run(path)
-    return path
+        status = "preempted" if is_stopped else "completed"
+        files.write_summary(_facts(config, trainer, num_train), status=status)
+    if is_stopped and is_saved:
+        raise Preempted(files.path, number)
+    if is_stopped:
+        raise OSError(f"stopped after round {number}, and its checkpoint could not be written")
+    if is_first:
+        draw_run(files.path)
 
 
 def load_data(config: Config) -> TrainTest:
@@ -97,10 +128,25 @@ def load_data(config: Config) -> TrainTest:
     return TrainTest(*(_placed(part, dtype=DTYPES[config.dtype]) for part in (train, test)))
 
 
-def split_data(config: Config, train: Dataset) -> Parts:
-    """Indices of every worker's samples; a knob of the split is an argument of its function."""
+def split_data(config: Config, train: Dataset, checkpoint_workers: int | None = None) -> Parts:
+    """Indices of every worker's samples; a knob of the split is an argument of its function.
+
+    Args:
+        config: the run.
+        train: the training set.
+        checkpoint_workers: number of workers of the checkpoint that the run goes on from; with checkpoint.resize=drop
+            the data stay dealt among them, and those of removed workers are left out.
+    """
+    num_workers = config.num_workers
+    if checkpoint_workers is not None and config.checkpoint.resize == "drop":
+        if num_workers > checkpoint_workers:
+            raise ValueError(
+                f"`checkpoint.resize`=drop needs num_workers of at most the checkpoint's {checkpoint_workers}, "
+                f"got {num_workers}: use resplit to add workers"
+            )
+        num_workers = checkpoint_workers
     knobs = {name: value for name, value in vars(config.split).items() if name not in ("name", "noise_level")}
-    return SPLITS[config.split.name](train.targets, config.num_workers, seed=config.seed, **knobs)
+    return SPLITS[config.split.name](train.targets, num_workers, seed=config.seed, **knobs)[: config.num_workers]
 
 
 def _placed(dataset: Dataset, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Dataset:
@@ -110,20 +156,35 @@ def _placed(dataset: Dataset, *, dtype: torch.dtype | None = None, device: torch
     return Dataset(inputs, dataset.targets.to(device), dataset.num_classes)
 
 
-def _agree_on_directory(config: Config, consensus: Consensus) -> Path:
-    """Rank 0 prepares the run directory; its path, or its error, reaches every rank."""
+def _from_first_rank(consensus: Consensus, find: Callable[[], Found]) -> Found:
+    """What rank 0 finds, on every rank; its ValueError too, so that no rank is left waiting."""
     answer: list[Any] = [None, None]
     if consensus.rank == 0:
         try:
-            name = f"{config.data.name}-{config.split.name}-{config.algorithm.name}"
-            answer[0] = RunDirectory.prepare(config.run_dir, name=name, resume=config.resume is not None)
+            answer[0] = find()
         except ValueError as error:
             answer[1] = str(error)
     if consensus.num_ranks > 1:
         dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
         raise ValueError(answer[1])
-    return Path(answer[0])
+    found: Found = answer[0]
+    return found
+
+
+def _claim_directory(config: Config, stack: ExitStack) -> Path:
+    """The run directory, made and locked for as long as `stack` is open."""
+    name = f"{config.data.name}-{config.split.name}-{config.algorithm.name}"
+    path = RunDirectory.prepare(config.run_dir, name=name, resume=config.resume is not None)
+    stack.enter_context(RunDirectory(path).locked())
+    return path
+
+
+def _source(config: Config, path: Path) -> Path | None:
+    """The checkpoint to go on from; None to start afresh."""
+    if config.resume is None:
+        return None
+    return checkpoint.newest(path) if config.resume == "auto" else checkpoint.find(Path(config.resume))
 
 
 def _make_trainer(config: Config, data: TrainTest, parts: Parts, consensus: Consensus) -> Trainer:
@@ -178,14 +239,6 @@ def _shard(config: Config, train: Dataset, indices: list[int], worker: int, devi
         )
         shard = Dataset(inputs, shard.targets, shard.num_classes)
     return _placed(shard, device=device)
-
-
-def _resume(config: Config, trainer: Trainer, path: Path) -> None:
-    if config.resume is None:
-        return
-    found = checkpoint.newest(path) if config.resume == "auto" else checkpoint.find(Path(config.resume))
-    if found is not None:
-        checkpoint.load(trainer, found)
 
 
 def _make_tracker(config: Config, path: Path, resolved: Mapping[str, Any]) -> Tracker:

@@ -22,6 +22,7 @@ from pisa_dist.data.sampling import hosted_workers, num_present
 from pisa_dist.distributed import select_device
 from pisa_dist.faults import ON_NONFINITE
 from pisa_dist.models import check_model
+from pisa_dist.snapshot import RESIZE
 from pisa_dist.tracking import check_tracking
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -204,11 +205,19 @@ class WandbTracking(TrackingConfig):
 
 @dataclass
 class CheckpointConfig:
-    """`every`: rounds from one checkpoint to the next; 0 writes none."""
+    """`every`: rounds from one checkpoint to the next, 0 for none but the one that a stopped run writes.
+
+    `keep_last` whole ones are kept; `asynchronous` writes them while training goes on; `resize` says what to do when
+    `num_workers` has changed at a resume: refuse, resplit (deal the data anew) or drop (the removed workers' data).
+    """
 
     every: int = 0
+    keep_last: int = 3
+    asynchronous: bool = True
+    resize: str = "refuse"
 
     def __post_init__(self) -> None:
+        check_choice("checkpoint.resize", self.resize, RESIZE)
         check_ranges(vars(self), prefix="checkpoint.")
 
 
@@ -235,10 +244,13 @@ class Config:
     eval_every: int = 10
     on_nonfinite: str = "raise"
     resume: str | None = None
+    max_seconds: float | None = None
+    timeout_seconds: float = 600.0
 
     def __post_init__(self) -> None:
         # `worker_weight` is a rule here, not the optimizer's number of the same name.
-        check_ranges({name: value for name, value in vars(self).items() if name != "worker_weight"})
+        numbers = {name: value for name, value in vars(self).items() if name != "worker_weight"}
+        check_ranges(numbers, optional=("max_seconds",))
         if self.run_dir == "":
             raise ValueError("`run_dir` must be a path or null, got ''")
         check_choice("worker_weight", self.worker_weight, WORKER_WEIGHTS)
@@ -332,7 +344,7 @@ def validate(config: Config, *, num_ranks: int = 1) -> None:
     if config.resume == "auto" and config.run_dir is None:
         raise ValueError("`resume`=auto needs `run_dir`, the run to go on with")
     if config.resume not in (None, "auto"):
-        checkpoint.find(Path(str(config.resume)))
+        checkpoint.find(Path(str(config.resume)), verify=False)
     if isinstance(config.data, CustomData):
         resolve_custom(config.data._target_, target_arguments(config.data))
     if isinstance(config.data, LibsvmData):

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 
 import hydra
@@ -20,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pisa_dist.consensus import ConsensusError
 from pisa_dist.distributed import launched_ranks, process_group, select_device
+from pisa_dist.preemption import REQUEUE_STATUS, Preempted
 from pisa_dist.runner import run
 from pisa_dist.schema import SCHEMAS, Config, as_plain, explain_unknown, to_config, validate
 
@@ -58,7 +60,8 @@ def main() -> None:
     """Compose the configuration from `sys.argv`, check it and train; a sweep with `--multirun` does so job by job.
 
     Exits with 0, with 2 after a bad setting, bad input or a failed run (one line on stderr; with HYDRA_FULL_ERROR=1 in
-    the environment, the traceback), or with 130 if interrupted.
+    the environment, the traceback), with 75 after a stop by signal or time limit that left a checkpoint to go on from,
+    or with 130 if interrupted.
     """
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
     # Hydra would otherwise print its own many-line report and exit; with this its errors reach us.
@@ -82,6 +85,10 @@ def main() -> None:
         def job(composed: DictConfig) -> None:
             try:
                 _train(composed, stack)
+            except Preempted as stopped:
+                if launched_ranks()[0] == 0:
+                    print(stopped, flush=True)
+                raise SystemExit(REQUEUE_STATUS) from None
             except USER_ERRORS as error:
                 failed(error)
                 if not _is_alike(error) and launched_ranks()[1] > 1:
@@ -108,7 +115,8 @@ def _train(composed: DictConfig, stack: ExitStack) -> None:
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN and config.run_dir is not None:
         config.run_dir = str(Path(config.run_dir) / _job_name(hydra_config.overrides.task, hydra_config.job.num))
-    stack.enter_context(process_group(select_device(config.device, local_rank=local_rank)))
+    device = select_device(config.device, local_rank=local_rank)
+    stack.enter_context(process_group(device, timeout=timedelta(seconds=config.timeout_seconds)))
     path = run(config, as_plain(composed))
     if rank == 0:
         print(f"run directory: {path}", flush=True)

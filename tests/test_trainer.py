@@ -16,7 +16,7 @@ from pisa_dist.data.sampling import draw_batches
 from pisa_dist.metrics import cross_entropy, evaluate
 from pisa_dist.trainer import TrainingPlan
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 LAYOUT_CASES = {
     "sisa": ("sisa", {"penalty": 2.0, "preconditioner_scale": 3.0, "penalty_growth": 1.01, "consensus_l2": 1e-3}, {}),

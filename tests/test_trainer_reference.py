@@ -12,7 +12,7 @@ from pisa_dist.algorithms import ALGORITHMS
 from pisa_dist.consensus import AllReduce, InProcess
 from pisa_dist.metrics import cross_entropy
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 NUM_STEPS = 200
 TOLERANCE = 1e-10

@@ -1,0 +1,151 @@
+"""The trainer's state as flat tensors by name and back, on any layout and for another number of workers.
+
+Every worker's state has keys of its own ("workers/3/fc.weight/dual"), because torch.distributed.checkpoint silently
+keeps one copy of plain tensors that share a name. What all ranks hold alike is kept once.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pisa_dist.algorithms.base import State
+from pisa_dist.trainer import Trainer, TrainingState
+
+FORMAT = 1
+RESIZE = ("refuse", "resplit", "drop")
+_INTEGERS = ("round_number", "samples_seen", "bytes_sent", "loss_rounds")
+_FLOATS = ("seconds", "loss_sum")
+
+Flat = dict[str, Tensor]
+
+
+def contents(trainer: Trainer) -> dict[str, Any]:
+    """What a person can read of a checkpoint without torch, and what must agree for it to fit."""
+    state = trainer.state
+    return {
+        "format": FORMAT,
+        "algorithm": trainer.algorithm.name,
+        "num_workers": len(trainer.shard_sizes),
+        "tensors": {name: [list(t.shape), str(t.dtype)] for name, t in (state.weights | state.buffers).items()},
+        "round": state.round_number,
+        "worker_weight": list(trainer.worker_weight),
+    }
+
+
+def require_fit(found: Mapping[str, Any], trainer: Trainer, *, source: str, resize: str) -> None:
+    """Refuse a checkpoint of another format, method or model, or of another number of workers unless that may change.
+
+    Raises:
+        ValueError: says what was found, what was expected and what to do.
+    """
+    expected = contents(trainer)
+    advice = {
+        "format": "use the version of pisa_dist that wrote it",
+        "algorithm": "set algorithm to the one that wrote it, or start a new run_dir",
+        "tensors": "set model, data and dtype to those that wrote it, or start a new run_dir",
+        "num_workers": "set num_workers to that, or allow the change with checkpoint.resize=resplit or drop",
+    }
+    for key, what_to_do in advice.items():
+        if found.get(key) == expected[key] or (key == "num_workers" and resize != "refuse"):
+            continue
+        was, wanted = _first_difference(found.get(key), expected[key])
+        raise ValueError(f"checkpoint {source} does not fit: its {key} is {was}, this run's is {wanted}: {what_to_do}")
+
+
+def _first_difference(found: Any, expected: Any) -> tuple[Any, Any]:
+    if isinstance(found, Mapping) and isinstance(expected, Mapping):
+        for name in [*expected, *found]:
+            if found.get(name) != expected.get(name):
+                return f"{name} {found.get(name, 'absent')}", f"{name} {expected.get(name, 'absent')}"
+    return found, expected
+
+
+def flatten(state: TrainingState, hosted: Sequence[int]) -> Flat:
+    """The state of this rank: what all ranks hold alike, and that of its workers. CPU copies that stay as they are."""
+    flat: Flat = {f"weights/{name}": value for name, value in state.weights.items()}
+    flat |= {f"buffers/{name}": value for name, value in state.buffers.items()}
+    flat |= {f"shared/{n}/{kind}": v for n, kinds in state.shared.items() for kind, v in kinds.items()}
+    for row, worker in enumerate(hosted):
+        flat[f"workers/{worker}/num_participations"] = state.num_participations[row]
+        for name, kinds in state.workers.items():
+            flat |= {f"workers/{worker}/{name}/{kind}": value[row] for kind, value in kinds.items()}
+    # Counters as tensors, so that nothing in a checkpoint needs unpickling.
+    flat |= {f"counters/{name}": torch.tensor(getattr(state, name), dtype=torch.int64) for name in _INTEGERS}
+    flat |= {f"counters/{name}": torch.tensor(getattr(state, name), dtype=torch.float64) for name in _FLOATS}
+    return {key: value.detach().to("cpu", copy=True) for key, value in flat.items()}
+
+
+def wanted_keys(keys: Sequence[str], workers: Sequence[int]) -> list[str]:
+    """The keys that a rank needs which hosts `workers`."""
+    mine = tuple(f"workers/{worker}/" for worker in workers)
+    return [key for key in keys if key.startswith(mine) or not key.startswith("workers/")]
+
+
+def restore(flat: Mapping[str, Tensor], trainer: Trainer) -> TrainingState:
+    """The state that `flatten` made flat, for the workers that the trainer hosts here.
+
+    A worker without keys in `flat` keeps the state that the trainer gave it at its start.
+    """
+    old = trainer.state
+    device = next(iter(old.weights.values())).device
+    shared: State = {}
+    for key in (key for key in flat if key.startswith("shared/")):
+        _, name, kind = key.split("/")
+        # torch's optimizers keep their step counts on the CPU.
+        shared.setdefault(name, {})[kind] = flat[key] if kind == "step" else flat[key].to(device)
+    workers = {name: {kind: value.clone() for kind, value in kinds.items()} for name, kinds in old.workers.items()}
+    num_participations = old.num_participations.clone()
+    for row, worker in enumerate(trainer.hosted):
+        if f"workers/{worker}/num_participations" not in flat:
+            continue
+        num_participations[row] = flat[f"workers/{worker}/num_participations"]
+        for name, kinds in workers.items():
+            for kind, value in kinds.items():
+                value[row] = flat[f"workers/{worker}/{name}/{kind}"].to(device)
+    counters: dict[str, Any] = {name: flat[f"counters/{name}"].item() for name in (*_INTEGERS, *_FLOATS)}
+    return TrainingState(
+        weights={name: flat[f"weights/{name}"].to(device) for name in old.weights},
+        buffers={name: flat[f"buffers/{name}"].to(device) for name in old.buffers},
+        shared=shared,
+        workers=workers,
+        num_participations=num_participations,
+        **counters,
+    )
+
+
+def resize_duals(
+    trainer: Trainer, found: Mapping[str, Any], read_dual: Callable[[int, str], Tensor], *, policy: str
+) -> None:
+    """Give the duals a sum that fits another number of workers.
+
+    The fixed point of ADMM is exact from any duals: at it pi_i = -grad F_i(w) for the workers that there are. What a
+    change of workers must not do is kick the weights, which move by sum_i alpha_i pi_i. Therefore
+        resplit: the sum stays. New workers start at the old sum Pi = sum_i alpha_i pi_i; all are then shifted by what
+            is missing, so that duals of removed workers go on standing for data that the others now hold.
+        drop: removed workers' data are gone and so are their duals; the others' stay as they are.
+
+    Args:
+        trainer: with the state that `restore` gave it.
+        found: the checkpoint's contents.
+        read_dual: (old worker, parameter name) -> its dual in the checkpoint.
+        policy: "resplit" or "drop".
+    """
+    if policy == "drop":
+        return
+    old_weight, new_weight = found["worker_weight"], trainer.worker_weight
+    num_kept = min(len(old_weight), len(new_weight))
+    for name, kinds in trainer.state.workers.items():
+        if "dual" not in kinds:
+            continue
+        dual = kinds["dual"]
+        old_sum, kept_sum = torch.zeros_like(dual[0]), torch.zeros_like(dual[0])
+        for worker, weight in enumerate(old_weight):
+            value = read_dual(worker, name).to(dual)
+            old_sum += weight * value
+            if worker < num_kept:
+                kept_sum += new_weight[worker] * value
+        missing = old_sum - kept_sum - sum(new_weight[num_kept:]) * old_sum
+        for row, worker in enumerate(trainer.hosted):
+            dual[row] = (dual[row] if worker < num_kept else old_sum) + missing
