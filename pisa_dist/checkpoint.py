@@ -7,10 +7,12 @@ import argparse
 import hashlib
 import json
 import os
+import pickle
+import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,11 +28,26 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
-from pisa_dist.snapshot import Flat, contents, flatten, require_fit, resize_duals, restore, wanted_keys
+from pisa_dist.snapshot import FORMAT, Flat, contents, flatten, require_fit, resize_duals, restore, wanted_keys
 from pisa_dist.trainer import Trainer
 
 CONTENTS, CHECKSUMS = "contents.json", "checksums.json"
 UNFINISHED = ".unfinished"
+METADATA = ".metadata"
+
+# What contents.json holds; `snapshot.contents` writes it.
+_KINDS: dict[str, type] = {
+    "algorithm": str,
+    "choices": dict,
+    "num_workers": int,
+    "tensors": dict,
+    "round": int,
+    "worker_weight": list,
+}
+
+
+# What the library raises for files that it cannot make sense of.
+_UNREADABLE = (CheckpointException, RuntimeError, KeyError, AttributeError, EOFError, pickle.UnpicklingError)
 
 
 class Checkpointer:
@@ -55,6 +72,9 @@ class Checkpointer:
         self.asynchronous = asynchronous
         self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         self._is_first = self._group is None or dist.get_rank() == 0
+        if self._is_first:
+            for half in directory.glob(f"round_*{UNFINISHED}"):  # of a run that was killed
+                shutil.rmtree(half, ignore_errors=True)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
 
@@ -79,8 +99,7 @@ class Checkpointer:
             pending.result()
         except (OSError, CheckpointException, RuntimeError) as error:
             if self._is_first:
-                lines = [line for line in str(error).splitlines() if line.strip()]
-                reason = lines[-1].strip() if lines else type(error).__name__
+                reason = _last_line(error)
                 print(f"warning: checkpoint not written, training goes on: {reason}", file=sys.stderr, flush=True)
             return False
         return True
@@ -126,7 +145,8 @@ class Checkpointer:
                 os.replace(path, path.with_name(f"{path.name}-replaced{UNFINISHED}"))
             os.replace(unfinished, path)
             shutil.rmtree(path.with_name(f"{path.name}-replaced{UNFINISHED}"), ignore_errors=True)
-            for old in complete(self.directory)[self.keep_last :]:
+            # Later ones are damaged, or another history's: they must not push out the one just written.
+            for old in [p for p in complete(self.directory) if _round(p) <= _round(path)][self.keep_last :]:
                 shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -145,21 +165,30 @@ class Checkpointer:
 def complete(directory: Path) -> list[Path]:
     """The complete checkpoints in a `checkpoints/` directory or of a run, newest first."""
     folder = directory / "checkpoints" if (directory / "checkpoints").is_dir() else directory
-    found = [p for p in folder.glob("round_*") if p.suffix != UNFINISHED and (p / CONTENTS).is_file()]
-    return sorted(found, reverse=True)
+    found = [p for p in folder.glob("round_*") if _round(p) >= 0 and (p / CONTENTS).is_file()]
+    return sorted(found, key=_round, reverse=True)
+
+
+def _round(path: Path) -> int:
+    """The round in a complete checkpoint's name, which has more digits than six from a million on; else -1."""
+    name = re.fullmatch("round_([0-9]+)", path.name)
+    return int(name[1]) if name else -1
 
 
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, by their checksums; None if nothing is."""
     try:
         sums = json.loads((path / CHECKSUMS).read_text())
+        for name in (CONTENTS, METADATA):
+            if name not in sums:
+                return f"{CHECKSUMS} has no line for {name}"
         for name, expected in sums.items():
             file = path / name
             if not file.is_file():
                 return f"{name} is missing"
             if _digest(file) != expected:
                 return f"{name} is damaged ({file.stat().st_size} bytes, its checksum differs)"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"{CHECKSUMS} cannot be read ({error})"
     return None
 
@@ -202,7 +231,7 @@ def read_contents(path: Path) -> dict[str, Any]:
     """contents.json of a checkpoint.
 
     Raises:
-        ValueError: it is not there or cannot be read.
+        ValueError: it is not there, cannot be read, or is of another format.
     """
     try:
         found = json.loads((path / CONTENTS).read_text())
@@ -210,6 +239,17 @@ def read_contents(path: Path) -> dict[str, Any]:
         raise ValueError(f"`resume` {str(path)!r} is not a checkpoint: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"`resume` {str(path)!r} is not a checkpoint: {CONTENTS} holds no mapping")
+    if found.get("format") != FORMAT:
+        raise ValueError(
+            f"`resume` {str(path)!r} does not fit: its format is {found.get('format')!r}, this run's is {FORMAT}: use "
+            "the version of pisa_dist that wrote it"
+        )
+    for key, kind in _KINDS.items():
+        if type(found.get(key)) is not kind:
+            raise ValueError(
+                f"`resume` {str(path)!r} is damaged: {key} in {CONTENTS} must be of type {kind.__name__}, "
+                f"got {found.get(key)!r}"
+            )
     return found
 
 
@@ -226,12 +266,18 @@ def load(trainer: Trainer, path: Path, *, resize: str = "refuse") -> None:
     """
     found = read_contents(path)
     require_fit(found, trainer, source=str(path), resize=resize)
-    keys = _tensor_keys(path)
-    trainer.state = restore(_read(path, wanted_keys(keys, trainer.hosted)), trainer)
-    if found["num_workers"] != len(trainer.shard_sizes):
-        resize_duals(
-            trainer, found, lambda worker, name: _read_alone(path, f"workers/{worker}/{name}/dual"), policy=resize
-        )
+    is_resized = found["num_workers"] != len(trainer.shard_sizes)
+    if is_resized:
+        _require_weights(found, path)
+    try:
+        keys = _tensor_keys(path)
+        trainer.state = restore(_read(path, wanted_keys(keys, trainer.hosted)), trainer)
+        if is_resized:
+            resize_duals(
+                trainer, found, lambda worker, name: _read_alone(path, f"workers/{worker}/{name}/dual"), policy=resize
+            )
+    except _UNREADABLE as error:
+        raise OSError(f"checkpoint {path} cannot be read: {_last_line(error)}") from error
 
 
 def inspect(path: Path) -> str:
@@ -273,10 +319,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         path = arguments.path if (arguments.path / CONTENTS).is_file() else find(arguments.path)
         print(path, inspect(path), sep="\n")
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
+    except (ValueError, OSError, TypeError, *_UNREADABLE) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def _require_weights(found: Mapping[str, Any], path: Path) -> None:
+    weights, number = found["worker_weight"], found["num_workers"]
+    if len(weights) != number or not all(isinstance(weight, float) and 0 <= weight <= 1 for weight in weights):
+        raise ValueError(
+            f"`resume` {str(path)!r} is damaged: worker_weight in {CONTENTS} must be {number} numbers in [0, 1], "
+            f"got {weights!r}"
+        )
 
 
 def _tensor_keys(path: Path) -> list[str]:
@@ -298,6 +353,11 @@ def _read(path: Path, keys: Sequence[str], *, alone: bool = False) -> Flat:
 
 def _read_alone(path: Path, key: str) -> Tensor:
     return _read(path, [key], alone=True)[key]
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
 
 
 def _digest(file: Path) -> str:

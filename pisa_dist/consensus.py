@@ -1,4 +1,4 @@
-"""How messages become one sum: in one process, or with one all-reduce of one flat buffer."""
+"""How ranks exchange messages: in one process, or with one collective on one flat buffer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class MessageBuffer:
 
 
 class Consensus(ABC):
-    """Sums what the ranks hold. The only place from which a training iteration communicates."""
+    """Sums or gathers what the ranks hold. The only place from which a training iteration communicates."""
 
     num_ranks: int = 1
     rank: int = 0
@@ -47,6 +47,13 @@ class Consensus(ABC):
     @abstractmethod
     def sum_(self, buffer: Tensor) -> None:
         """Replace `buffer` by its sum over all ranks, in place; every rank must call it with the same shape."""
+
+    @abstractmethod
+    def gather(self, buffer: Tensor) -> Tensor:
+        """What every rank holds, by rank: [*shape] -> [num_ranks, *shape]; every rank must call it with the same shape.
+
+        A rank receives num_ranks times the bytes of its own buffer.
+        """
 
     def sum_message(self, tensors: Sequence[Tensor], scalars: Sequence[float]) -> MessageBuffer:
         """Sum a message over all ranks, in one collective.
@@ -74,6 +81,10 @@ class InProcess(Consensus):
     def sum_(self, buffer: Tensor) -> None:
         """Nothing to add: there is one rank."""
 
+    def gather(self, buffer: Tensor) -> Tensor:
+        """The one rank's own, without a copy."""
+        return buffer.unsqueeze(0)
+
 
 class AllReduce(Consensus):
     """One `torch.distributed.all_reduce` over a process group.
@@ -96,10 +107,26 @@ class AllReduce(Consensus):
         try:
             dist.all_reduce(buffer, group=self.process_group)
         except RuntimeError as error:
-            raise ConsensusError(
-                f"the consensus all-reduce of {buffer.numel()} numbers failed on rank {self.rank} of "
-                f"{self.num_ranks}: another rank has stopped or does not answer ({error})"
-            ) from error
+            raise self._failed("all-reduce", buffer, error) from error
+
+    def gather(self, buffer: Tensor) -> Tensor:
+        """All-gather over the ranks of the process group.
+
+        Raises:
+            ConsensusError: as in `sum_`.
+        """
+        gathered = buffer.new_empty((self.num_ranks, *buffer.shape))
+        try:
+            dist.all_gather(list(gathered.unbind()), buffer, group=self.process_group)
+        except RuntimeError as error:
+            raise self._failed("all-gather", buffer, error) from error
+        return gathered
+
+    def _failed(self, collective: str, buffer: Tensor, error: RuntimeError) -> ConsensusError:
+        return ConsensusError(
+            f"the consensus {collective} of {buffer.numel()} numbers failed on rank {self.rank} of "
+            f"{self.num_ranks}: another rank has stopped or does not answer ({error})"
+        )
 
 
 def make_consensus(process_group: dist.ProcessGroup | None = None) -> Consensus:

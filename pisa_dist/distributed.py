@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -40,28 +41,59 @@ def launched_ranks() -> tuple[int, int, int]:
     """(rank, number of ranks, local rank) as torchrun or srun set them in the environment; (0, 1, 0) alone.
 
     Under srun the rendezvous is taken from Slurm's own variables, unless MASTER_ADDR is set.
+
+    Raises:
+        ValueError: a variable is no number, or they contradict each other; names it.
     """
-    environ = os.environ
-    if "RANK" in environ and "WORLD_SIZE" in environ:
-        return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", 0))
-    if "SLURM_PROCID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        rank, count = int(environ["SLURM_PROCID"]), int(environ["SLURM_STEP_NUM_TASKS"])
-        return rank, count, int(environ.get("SLURM_LOCALID", 0))
-    return 0, 1, 0
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if not {"RANK", "WORLD_SIZE"} & set(os.environ):
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+        if names[0] not in os.environ or _from_environment(names[1], 1) == 1:
+            return 0, 1, 0
+    num_ranks = _from_environment(names[1], 1, low=1)
+    rank = _from_environment(names[0], 0 if num_ranks == 1 else None, high=num_ranks - 1)
+    return rank, num_ranks, _from_environment(names[2], 0)
+
+
+def _from_environment(name: str, default: int | None, *, low: int = 0, high: int | None = None) -> int:
+    """A whole number that a launcher put into the environment."""
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    allowed = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
+    number = int(text) if text is not None and re.fullmatch("[+-]?[0-9]{1,9}", text) else low - 1
+    if number < low or (high is not None and number > high):
+        raise ValueError(
+            f"the environment's {name} must be {allowed}, got {'nothing' if text is None else repr(text)}: "
+            "torchrun and srun set it; unset RANK and WORLD_SIZE to run alone"
+        )
+    return number
 
 
 @contextmanager
 def process_group(device: torch.device, *, timeout: timedelta = timedelta(minutes=10)) -> Iterator[None]:
-    """Join the process group that torchrun or srun launched; do nothing alone or where one exists already."""
+    """Join the process group that torchrun or srun launched; do nothing alone or where one exists already.
+
+    Raises:
+        ConnectionError: the ranks did not come together within `timeout`.
+    """
     rank, num_ranks, _ = launched_ranks()
     if num_ranks == 1 or dist.is_initialized():
         yield
         return
     os.environ.setdefault("MASTER_ADDR", os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
     # One port per job: two jobs of one user on one node must not meet.
-    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
+    os.environ.setdefault("MASTER_PORT", str(20000 + _from_environment("SLURM_JOB_ID", 0) % 20000))
+    _from_environment("MASTER_PORT", None, low=1, high=65535)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=num_ranks, timeout=timeout)
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=num_ranks, timeout=timeout)
+    except RuntimeError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConnectionError(
+            f"the {num_ranks} ranks did not come together at {place} (MASTER_ADDR, MASTER_PORT) within "
+            f"{timeout.total_seconds():g} s (timeout_seconds): {str(error).strip().splitlines()[0]}"
+        ) from error
     try:
         yield
     finally:

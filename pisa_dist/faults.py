@@ -1,6 +1,10 @@
-"""Gradients that are NaN or infinite: found locally, known to all ranks after the one all-reduce, refused by all."""
+"""Gradients that are NaN or infinite: found locally, known to all ranks after the one all-reduce, refused by all.
 
-from collections.abc import Sequence
+So are sums and weights that overflow although every gradient is finite; those every rank sees for itself.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,3 +55,30 @@ def describe_faults(sums: Sequence[float], own: Fault | None, parameter_names: S
         return f"non-finite gradients on {count} ranks, each of which names its worker and parameter"
     others = f" (and on {count - 1} other ranks)" if count > 1 else ""
     return f"non-finite gradient on worker {known.worker} in {parameter_names[known.parameter]}{others}"
+
+
+def describe_overflow(total: Tensor, loss: float) -> str | None:
+    """One line if what came out of the consensus is not finite, where no gradient was to blame.
+
+    Args:
+        total: everything that came out, in one flat buffer; read once, without a copy.
+        loss: the training loss, which came with it.
+    """
+    if not math.isfinite(loss):
+        return f"the training loss is {loss} although every gradient is finite"
+    if not bool(torch.linalg.vector_norm(total, ord=float("inf")).isfinite()):
+        return f"the sum of the workers' messages overflowed {_name(total.dtype)} although every gradient is finite"
+    return None
+
+
+def describe_weights(weights: Mapping[str, Tensor]) -> str | None:
+    """One line if a finite sum has led to weights that are not finite, naming the first parameter."""
+    fault = Fault.find(list(weights.values()), worker=0)
+    if fault is None:
+        return None
+    name = list(weights)[fault.parameter]
+    return f"{name} overflowed {_name(weights[name].dtype)} although the sum of the workers' messages is finite"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

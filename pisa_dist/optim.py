@@ -169,6 +169,11 @@ class NSISA(ADMMOptimizer):
         process_group: dist.ProcessGroup | None = None,
         on_nonfinite: str = "raise",
     ) -> None:
+        if isinstance(sisa_parameters, str):
+            raise ValueError(
+                f"`sisa_parameters` must be a list of patterns, got {sisa_parameters!r}: use [{sisa_parameters!r}]"
+            )
+        sisa_parameters = tuple(sisa_parameters)
         defaults = {
             "penalty": penalty,
             "preconditioner_scale": preconditioner_scale,
@@ -177,7 +182,7 @@ class NSISA(ADMMOptimizer):
             "eps": eps,
             "second_moment_decay": second_moment_decay,
             "preconditioner_bound": preconditioner_bound,
-            "sisa_parameters": tuple(sisa_parameters),
+            "sisa_parameters": sisa_parameters,
             "orthogonalize": True,
             "consensus_l2": consensus_l2,
             "penalty_growth": penalty_growth,
@@ -187,6 +192,8 @@ class NSISA(ADMMOptimizer):
         super().__init__(
             params, defaults, worker_weight=worker_weight, process_group=process_group, on_nonfinite=on_nonfinite
         )
+        names = [name for group in self.param_groups for name in group.get("param_names", [])]
+        NewtonSchulz(sisa_parameters=sisa_parameters).check_patterns(names)
 
     def _group_preconditioner(self, group: ParamGroup) -> Preconditioner:
         vectors = SecondMoment(

@@ -10,6 +10,8 @@ from types import FrameType
 
 REQUEUE_STATUS = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Slurm signals all processes of a step, and a torchrun among them passes it on to its ranks: one request, two signals.
+SAME_REQUEST_SECONDS = 5.0
 
 # As near to the process's start as a module can get; a monotonic clock, which no change of the wall clock moves.
 _STARTED = time.monotonic()
@@ -31,15 +33,18 @@ class StopRequest:
 
     def __init__(self, max_seconds: float | None = None) -> None:
         self.max_seconds = max_seconds
-        self._signalled = False
+        self._first_signal: float | None = None
 
     def __call__(self) -> bool:
         """True once asked to stop."""
-        return self._signalled or (self.max_seconds is not None and time.monotonic() - _STARTED >= self.max_seconds)
+        is_late = self.max_seconds is not None and time.monotonic() - _STARTED >= self.max_seconds
+        return is_late or self._first_signal is not None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals while inside; a second one ends the process at once with 128 + its number."""
+        """Take the signals while inside; a further one, later than an echo of the first could be, ends the process at
+        once with 128 + its number.
+        """
         before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         try:
             yield
@@ -48,6 +53,8 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._signalled:
+        now = time.monotonic()
+        if self._first_signal is None:
+            self._first_signal = now
+        elif now - self._first_signal > SAME_REQUEST_SECONDS:
             os._exit(128 + number)
-        self._signalled = True

@@ -5,8 +5,9 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -49,12 +50,39 @@ class RunDirectory:
             path = Path(run_dir).expanduser()
             path.mkdir(parents=True, exist_ok=True)
             metrics = path / "metrics.jsonl"
-            if metrics.exists() and metrics.stat().st_size > 0 and not resume:
+            is_used = (metrics.exists() and metrics.stat().st_size > 0) or any(path.glob("checkpoints/round_*"))
+            if is_used and not resume:
                 raise ValueError(f"`run_dir` {run_dir!r} holds a run already: choose another, or resume=auto to go on")
             metrics.touch()
         except OSError as error:
             raise ValueError(f"`run_dir` {run_dir or 'runs'!r} cannot be written: {error.strerror}") from error
         return path
+
+    def require_restart(self, num_damaged: int) -> None:
+        """Make way for a run that starts afresh here, because it has no checkpoint to go on from; lose nothing.
+
+        Args:
+            num_damaged: checkpoints that are there, none of them whole.
+
+        Raises:
+            ValueError: there is more here than the beginning of a run.
+        """
+        summary = self.path / "summary.json"
+        if num_damaged:
+            raise ValueError(
+                f"`run_dir` {str(self.path)!r} holds {num_damaged} checkpoints, none of them whole: move them away"
+            )
+        if summary.exists():
+            raise ValueError(
+                f"`run_dir` {str(self.path)!r} holds a finished run without a checkpoint to go on from: choose another"
+            )
+        if self.metrics():
+            number = 1
+            while (kept := self.path / f"metrics-before-restart-{number}.jsonl").exists():
+                number += 1
+            (self.path / "metrics.jsonl").rename(kept)
+            (self.path / "metrics.jsonl").touch()
+            print(f"no checkpoint yet: starting afresh, earlier metrics are in {kept}", file=sys.stderr, flush=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -66,12 +94,14 @@ class RunDirectory:
         with (self.path / "lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 file.seek(0)
                 owner = file.read().strip() or "another process"
                 raise ValueError(
                     f"`run_dir` {str(self.path)!r} is in use by {owner}: wait for it, or choose another"
                 ) from error
+            except OSError as error:
+                raise ValueError(f"`run_dir` {str(self.path)!r} cannot be locked: {error.strerror}") from error
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}")
             file.flush()
@@ -79,32 +109,42 @@ class RunDirectory:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """config.yaml: the resolved configuration."""
-        (self.path / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
+        _replace(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
 
     def write_split(self, split: Mapping[str, Any]) -> None:
         """split.json: counts per worker and class, and skew measures."""
-        (self.path / "split.json").write_text(json.dumps(split) + "\n")
+        _replace(self.path / "split.json", json.dumps(split) + "\n")
 
     def keep_metrics_until(self, round_number: int) -> None:
         """Drop the lines of rounds after `round_number`, which a resumed run will write again."""
         kept = [line for line in self.metrics() if line["round"] <= round_number]
-        (self.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+        _replace(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
     def append_metrics(self, metrics: Metrics) -> None:
-        """Add a line to metrics.jsonl; not-a-number and infinity become null, which JSON can hold."""
+        """Add a line to metrics.jsonl; not-a-number and infinity become null, which JSON can hold.
+
+        Raises:
+            OSError: it cannot be written; names the file.
+        """
         finite = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in metrics.items()}
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(finite) + "\n")
+        path = self.path / "metrics.jsonl"
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps(finite) + "\n")
+        except OSError as error:
+            raise _unwritable(path, error) from error
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The whole lines of metrics.jsonl; a line that a kill cut short is left out."""
-        lines = (self.path / "metrics.jsonl").read_text().splitlines()
+        """The whole lines of metrics.jsonl, up to one that a kill or a full disk cut short."""
         parsed = []
-        for line in lines:
+        for line in (self.path / "metrics.jsonl").read_bytes().splitlines():
             try:
-                parsed.append(json.loads(line))
-            except json.JSONDecodeError:
+                content = json.loads(line)
+            except ValueError:
                 break
+            if not isinstance(content, dict) or not isinstance(content.get("round"), int):
+                break
+            parsed.append(content)
         return parsed
 
     def write_summary(self, facts: Mapping[str, Any], *, status: str = "completed") -> None:
@@ -123,7 +163,7 @@ class RunDirectory:
             "versions": versions(),
             "commit": commit(),
         }
-        (self.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        _replace(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:
@@ -147,6 +187,26 @@ def commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file whole or not at all: a kill or a full disk leaves the one that was there.
+
+    Raises:
+        OSError: it cannot be written; names the file.
+    """
+    fresh = file.with_name(f"{file.name}.new")
+    try:
+        fresh.write_text(text)
+        os.replace(fresh, file)
+    except OSError as error:
+        with suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        raise _unwritable(file, error) from error
+
+
+def _unwritable(file: Path, error: OSError) -> OSError:
+    return OSError(f"{file} cannot be written: {error.strerror or error}")
 
 
 def _best(choose: Any, metrics: Sequence[Mapping[str, Any]], key: str) -> float | None:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,7 @@ def run(config: Config, resolved: Mapping[str, Any]) -> Path:
         ValueError, FileNotFoundError: data, split, model or checkpoint do not fit; one line each.
         FloatingPointError: a non-finite gradient, with on_nonfinite=raise.
         ConsensusError: another rank has stopped.
+        OutOfMemory: a round needs more than the device has; says what takes it.
         Preempted: the run was asked to stop, and has written a checkpoint.
     """
     consensus = make_consensus()
@@ -66,6 +67,8 @@ def run(config: Config, resolved: Mapping[str, Any]) -> Path:
             files.write_config({**resolved, "run_dir": str(files.path)})
             files.write_split(_describe_split(config, data.train, parts))
             files.keep_metrics_until(trainer.state.round_number)
+            if trainer.state.round_number >= config.rounds:
+                print(f"the run is at round {trainer.state.round_number} of {config.rounds} already: nothing to train")
         _train(config, trainer, files, resolved, num_train=len(data.train))
     return files.path
 
@@ -83,10 +86,13 @@ def _train(
         asynchronous=config.checkpoint.asynchronous,
         timeout=timedelta(seconds=config.timeout_seconds),
     )
-    with Progress(config.rounds, start_round=number, enabled=is_first) as progress:
+    # Whatever happens, a checkpoint that is being written is finished before the process group goes.
+    with closing(checkpointer), Progress(config.rounds, start_round=number, enabled=is_first) as progress:
         for number, outcome, metrics in trainer.run():
             if outcome.problem and is_first:
                 print(f"round {number}: {outcome.problem}: round skipped", file=sys.stderr, flush=True)
+            if outcome.warning and is_first:
+                print(f"round {number}: warning: {outcome.warning}", file=sys.stderr, flush=True)
             progress.advance(number, outcome.train_loss)
             if metrics is not None and is_first:
                 files.append_metrics(metrics)
@@ -157,12 +163,12 @@ def _placed(dataset: Dataset, *, dtype: torch.dtype | None = None, device: torch
 
 
 def _from_first_rank(consensus: Consensus, find: Callable[[], Found]) -> Found:
-    """What rank 0 finds, on every rank; its ValueError too, so that no rank is left waiting."""
+    """What rank 0 finds, on every rank; its error too, as a ValueError, so that no rank is left waiting."""
     answer: list[Any] = [None, None]
     if consensus.rank == 0:
         try:
             answer[0] = find()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             answer[1] = str(error)
     if consensus.num_ranks > 1:
         dist.broadcast_object_list(answer, src=0)
@@ -184,7 +190,12 @@ def _source(config: Config, path: Path) -> Path | None:
     """The checkpoint to go on from; None to start afresh."""
     if config.resume is None:
         return None
-    return checkpoint.newest(path) if config.resume == "auto" else checkpoint.find(Path(config.resume))
+    if config.resume != "auto":
+        return checkpoint.find(Path(config.resume))
+    found = checkpoint.newest(path)
+    if found is None:
+        RunDirectory(path).require_restart(len(checkpoint.complete(path)))
+    return found
 
 
 def _make_trainer(config: Config, data: TrainTest, parts: Parts, consensus: Consensus) -> Trainer:
@@ -221,6 +232,9 @@ def _make_trainer(config: Config, data: TrainTest, parts: Parts, consensus: Cons
             seed=config.seed,
             eval_every=config.eval_every,
             on_nonfinite=config.on_nonfinite,
+            consensus=config.consensus,
+            consensus_trim=config.consensus_trim,
+            on_divergence=config.on_divergence,
         ),
         consensus=consensus,
     )

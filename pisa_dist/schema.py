@@ -21,7 +21,9 @@ from pisa_dist.data.datasets import resolve_custom
 from pisa_dist.data.sampling import hosted_workers, num_present
 from pisa_dist.distributed import select_device
 from pisa_dist.faults import ON_NONFINITE
+from pisa_dist.guards import ON_DIVERGENCE
 from pisa_dist.models import check_model
+from pisa_dist.robust import CONSENSUS_RULES, check_consensus
 from pisa_dist.snapshot import RESIZE
 from pisa_dist.tracking import check_tracking
 
@@ -243,6 +245,9 @@ class Config:
     dtype: str = "float32"
     eval_every: int = 10
     on_nonfinite: str = "raise"
+    consensus: str = "sum"
+    consensus_trim: float = 0.1
+    on_divergence: str = "warn"
     resume: str | None = None
     max_seconds: float | None = None
     timeout_seconds: float = 600.0
@@ -256,6 +261,8 @@ class Config:
         check_choice("worker_weight", self.worker_weight, WORKER_WEIGHTS)
         check_choice("dtype", self.dtype, tuple(DTYPES))
         check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        check_choice("consensus", self.consensus, CONSENSUS_RULES)
+        check_choice("on_divergence", self.on_divergence, ON_DIVERGENCE)
 
 
 # What each group's YAML starts from: "<option>_schema" in the group of that name.
@@ -270,14 +277,19 @@ SCHEMAS: dict[str, dict[str, type]] = {
 
 def explain_unknown(key: str) -> str:
     """One line about a key that the configuration does not have: which option has it, or which key is like it."""
-    group, _, name = key.partition(".")
+    group, _, rest = key.partition(".")
+    name = rest.partition(".")[0]
     options = [option for option, schema in SCHEMAS.get(group, {}).items() if name in {f.name for f in fields(schema)}]
+    if "dict" in str(next((f.type for s in SCHEMAS.get(group, {}).values() for f in fields(s) if f.name == name), "")):
+        return f"`{key}` holds options of your own: add each with a plus, +{group}.{name}.NAME=VALUE"
     if options:
         return f"`{key}` is a key of {' and '.join(f'{group}={option}' for option in options)}, which is not chosen"
     keys = {f.name for f in fields(Config)} | {f"checkpoint.{f.name}" for f in fields(CheckpointConfig)}
     for known_group, schemas in SCHEMAS.items():
         keys |= {f"{known_group}.{f.name}" for schema in schemas.values() for f in fields(schema)}
-    close = difflib.get_close_matches(key, keys, n=1)
+    close = [k for k in sorted(keys) if k.endswith(f".{key}")] or difflib.get_close_matches(key, keys, n=1)
+    if group in ("data", "model") and name:
+        return f"`{key}` is not a known key here; an argument of {group}._target_ is added with +{key}=VALUE"
     return f"`{key}` is not a known key here" + (f"; did you mean {close[0]}?" if close else "")
 
 
@@ -334,7 +346,8 @@ def validate(config: Config, *, num_ranks: int = 1) -> None:
     Raises:
         ValueError: one line that names key, value and range.
     """
-    num_present(config.num_workers, config.participation)
+    present = num_present(config.num_workers, config.participation)
+    check_consensus(config.consensus, config.consensus_trim, num_present=present)
     hosted_workers(config.num_workers, rank=0, num_ranks=num_ranks)
     algorithm: Algorithm = config.algorithm
     algorithm.check_run(num_workers=config.num_workers, local_steps=config.local_steps)

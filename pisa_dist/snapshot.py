@@ -27,31 +27,37 @@ def contents(trainer: Trainer) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "algorithm": trainer.algorithm.name,
+        "choices": {key: value for key, value in vars(trainer.algorithm).items() if isinstance(value, str)},
         "num_workers": len(trainer.shard_sizes),
         "tensors": {name: [list(t.shape), str(t.dtype)] for name, t in (state.weights | state.buffers).items()},
         "round": state.round_number,
+        "seed": trainer.plan.seed,
+        "shard_sizes": list(trainer.shard_sizes),
         "worker_weight": list(trainer.worker_weight),
     }
 
 
 def require_fit(found: Mapping[str, Any], trainer: Trainer, *, source: str, resize: str) -> None:
-    """Refuse a checkpoint of another format, method or model, or of another number of workers unless that may change.
+    """Refuse a checkpoint of another method or model, or of another number of workers unless that may change.
 
     Raises:
         ValueError: says what was found, what was expected and what to do.
     """
     expected = contents(trainer)
     advice = {
-        "format": "use the version of pisa_dist that wrote it",
         "algorithm": "set algorithm to the one that wrote it, or start a new run_dir",
+        "choices": "set the algorithm's options to those that wrote it, or start a new run_dir",
         "tensors": "set model, data and dtype to those that wrote it, or start a new run_dir",
         "num_workers": "set num_workers to that, or allow the change with checkpoint.resize=resplit or drop",
+        "seed": "set seed to that: it deals the data, and a dual stands for its worker's",
+        "shard_sizes": "set data and split to those that wrote it: a dual stands for its worker's data",
     }
+    may_change = () if resize == "refuse" else ("num_workers", "shard_sizes")
     for key, what_to_do in advice.items():
-        if found.get(key) == expected[key] or (key == "num_workers" and resize != "refuse"):
+        if found.get(key) == expected[key] or key in may_change:
             continue
         was, wanted = _first_difference(found.get(key), expected[key])
-        raise ValueError(f"checkpoint {source} does not fit: its {key} is {was}, this run's is {wanted}: {what_to_do}")
+        raise ValueError(f"`resume` {source!r} does not fit: its {key} is {was}, this run's is {wanted}: {what_to_do}")
 
 
 def _first_difference(found: Any, expected: Any) -> tuple[Any, Any]:
@@ -87,9 +93,24 @@ def restore(flat: Mapping[str, Tensor], trainer: Trainer) -> TrainingState:
     """The state that `flatten` made flat, for the workers that the trainer hosts here.
 
     A worker without keys in `flat` keeps the state that the trainer gave it at its start.
+
+    Raises:
+        ValueError: something else is missing in `flat`, or of another shape.
     """
     old = trainer.state
     device = next(iter(old.weights.values())).device
+
+    def take(key: str, like: Tensor | None = None) -> Tensor:
+        found = flat.get(key)
+        if found is None or (like is not None and (found.shape, found.dtype) != (like.shape, like.dtype)):
+            was = "nothing" if found is None else f"{list(found.shape)} {found.dtype}"
+            wanted = "" if like is None else f" where this run has {list(like.shape)} {like.dtype}"
+            raise ValueError(
+                f"`resume` does not fit: it holds {was} for {key}{wanted}: set model and algorithm to what they "
+                "were, or start a new run_dir"
+            )
+        return found
+
     shared: State = {}
     for key in (key for key in flat if key.startswith("shared/")):
         _, name, kind = key.split("/")
@@ -100,14 +121,14 @@ def restore(flat: Mapping[str, Tensor], trainer: Trainer) -> TrainingState:
     for row, worker in enumerate(trainer.hosted):
         if f"workers/{worker}/num_participations" not in flat:
             continue
-        num_participations[row] = flat[f"workers/{worker}/num_participations"]
+        num_participations[row] = take(f"workers/{worker}/num_participations", num_participations[row])
         for name, kinds in workers.items():
             for kind, value in kinds.items():
-                value[row] = flat[f"workers/{worker}/{name}/{kind}"].to(device)
-    counters: dict[str, Any] = {name: flat[f"counters/{name}"].item() for name in (*_INTEGERS, *_FLOATS)}
+                value[row] = take(f"workers/{worker}/{name}/{kind}", value[row]).to(device)
+    counters: dict[str, Any] = {name: take(f"counters/{name}").item() for name in (*_INTEGERS, *_FLOATS)}
     return TrainingState(
-        weights={name: flat[f"weights/{name}"].to(device) for name in old.weights},
-        buffers={name: flat[f"buffers/{name}"].to(device) for name in old.buffers},
+        weights={name: take(f"weights/{name}", old.weights[name]).to(device) for name in old.weights},
+        buffers={name: take(f"buffers/{name}", old.buffers[name]).to(device) for name in old.buffers},
         shared=shared,
         workers=workers,
         num_participations=num_participations,

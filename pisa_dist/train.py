@@ -5,7 +5,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pisa_dist.consensus import ConsensusError
 from pisa_dist.distributed import launched_ranks, process_group, select_device
+from pisa_dist.guards import OutOfMemory
 from pisa_dist.preemption import REQUEUE_STATUS, Preempted
 from pisa_dist.runner import run
 from pisa_dist.schema import SCHEMAS, Config, as_plain, explain_unknown, to_config, validate
@@ -34,6 +35,7 @@ USER_ERRORS = (
     OSError,
     FloatingPointError,
     ConsensusError,
+    OutOfMemory,
     HydraException,
     OmegaConfBaseException,
     yaml.YAMLError,
@@ -86,6 +88,7 @@ def main() -> None:
             try:
                 _train(composed, stack)
             except Preempted as stopped:
+                _wait_for_the_others()
                 if launched_ranks()[0] == 0:
                     print(stopped, flush=True)
                 raise SystemExit(REQUEUE_STATUS) from None
@@ -102,10 +105,16 @@ def main() -> None:
             failed(error)
         except KeyboardInterrupt:
             status = 130
-        if status == 2 and dist.is_initialized():
-            # torchrun ends all ranks when one ends badly: rank 0 may still be drawing.
-            dist.barrier()
+        if status == 2:
+            _wait_for_the_others()
     sys.exit(status)
+
+
+def _wait_for_the_others() -> None:
+    """torchrun ends all ranks when one ends with a status: rank 0 may still be writing or drawing."""
+    if dist.is_initialized():
+        with suppress(RuntimeError):  # one of them is gone
+            dist.barrier()
 
 
 def _train(composed: DictConfig, stack: ExitStack) -> None:
@@ -144,7 +153,10 @@ def _is_alike(error: BaseException) -> bool:
 
 def _complain(error: BaseException) -> None:
     """One line, whatever the error's own shape, written at once; by rank 0 alone where all ranks have met the error."""
-    rank, num_ranks, _ = launched_ranks()
+    try:
+        rank, num_ranks, _ = launched_ranks()
+    except ValueError:  # which is then the error
+        rank, num_ranks = 0, 1
     if _is_alike(error) and rank > 0:
         if not dist.is_initialized():
             # torchrun ends all ranks when one ends badly: give rank 0 the time to say why.

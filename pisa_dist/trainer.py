@@ -1,5 +1,6 @@
-"""The round loop: local work of the hosted workers, one sum over the ranks, consensus, evaluation."""
+"""The round loop: local work of the hosted workers, one exchange with the other ranks, consensus, evaluation."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -7,14 +8,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from pisa_dist.admm.updates import state_dtype
-from pisa_dist.algorithms.base import Algorithm, ConsensusResult, LocalResult, Round, State, Tensors
+from pisa_dist.algorithms.base import Algorithm, ConsensusResult, Round, State, Tensors
 from pisa_dist.consensus import Consensus
 from pisa_dist.data.datasets import Dataset
 from pisa_dist.data.sampling import draw_batches, draw_participants, hosted_workers, num_present
-from pisa_dist.faults import NUM_FAULT_SCALARS, describe_faults, fault_scalars
+from pisa_dist.exchange import LocalRound, Work, make_exchange
+from pisa_dist.faults import describe_weights
 from pisa_dist.gradients import Participant, RoundGradients
+from pisa_dist.guards import Footprint, ResidualWatch, explain_out_of_memory
 from pisa_dist.metrics import evaluate
+from pisa_dist.robust import check_consensus
 
 
 @dataclass
@@ -29,8 +32,8 @@ class TrainingState:
         num_participations: rounds that each hosted worker has taken part in, int64 [hosted].
         round_number: rounds done.
         samples_seen: samples that all workers have drawn so far.
-        bytes_sent: bytes of the messages that all participants have sent so far; a worker counts as a sender wherever
-            it is hosted, so that the number does not depend on the layout.
+        bytes_sent: bytes of the messages that all workers have sent so far; a worker counts as a sender wherever it is
+            hosted, so that the number does not depend on the layout.
         seconds: time spent in rounds and evaluations, over all sessions of the run.
         loss_sum, loss_rounds: training loss since the last evaluation.
     """
@@ -59,17 +62,21 @@ class TrainingPlan:
     seed: int = 0
     eval_every: int = 10
     on_nonfinite: str = "raise"
+    consensus: str = "sum"
+    consensus_trim: float = 0.1
+    on_divergence: str = "warn"
 
 
 @dataclass(frozen=True)
 class RoundOutcome:
-    """What the log wants to know of one round."""
+    """What the log wants to know of one round: `problem` says why it was refused, `warning` that training diverges."""
 
     train_loss: float
     penalty: float | None = None
     primal_residual: float | None = None
     dual_residual: float | None = None
     problem: str | None = None
+    warning: str | None = None
     stopped: bool = False
 
 
@@ -90,7 +97,7 @@ class Trainer:
         shard_sizes: number of samples of every worker of the run.
         worker_weight: alpha_i of every worker, summing to 1.
         plan: what to run.
-        consensus: how ranks sum.
+        consensus: how ranks communicate.
         stop_requested: asked on every rank in every round; once it is true on any, all stop after that round.
     """
 
@@ -109,7 +116,11 @@ class Trainer:
     def __post_init__(self) -> None:
         num_workers = len(self.shard_sizes)
         self.hosted = hosted_workers(num_workers, rank=self.consensus.rank, num_ranks=self.consensus.num_ranks)
-        num_present(num_workers, self.plan.participation)
+        check_consensus(
+            self.plan.consensus,
+            self.plan.consensus_trim,
+            num_present=num_present(num_workers, self.plan.participation),
+        )
         self.algorithm.check_run(num_workers=num_workers, local_steps=self.plan.local_steps)
         weights = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
         self.state = TrainingState(
@@ -121,6 +132,10 @@ class Trainer:
         )
         self._alpha = torch.tensor(self.worker_weight, dtype=torch.float64)
         self._device = next(iter(weights.values())).device
+        self._watch = ResidualWatch(math.log(self.test.num_classes), vars(self.algorithm))
+        self._exchange = make_exchange(
+            self.plan.consensus, self.plan.consensus_trim, consensus=self.consensus, num_workers=num_workers
+        )
 
     def run(self) -> Iterator[tuple[int, RoundOutcome, dict[str, float | int | None] | None]]:
         """Run the rounds that are left; yields (round, outcome, metrics), metrics None between evaluations.
@@ -128,8 +143,9 @@ class Trainer:
         Ends early, after a round whose outcome says so, if any rank was asked to stop.
 
         Raises:
-            FloatingPointError: a gradient was NaN or infinite and the plan's `on_nonfinite` is "raise"; the state is
-                that of the round before.
+            FloatingPointError: a gradient was NaN or infinite, or a sum overflowed, and the plan's `on_nonfinite` is
+                "raise"; the state is that of the round before.
+            OutOfMemory: on this rank alone.
         """
         while self.state.round_number < self.plan.rounds:
             with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
@@ -148,48 +164,51 @@ class Trainer:
                 return
 
     def run_round(self) -> RoundOutcome:
-        """One round: local work, one sum over all ranks, consensus."""
+        """One round: local work, one collective, consensus."""
         number = self.state.round_number + 1
-        present = draw_participants(
-            len(self.shard_sizes), self.plan.participation, seed=self.plan.seed, round_number=number
-        )
-        present_set = set(present)
-        rows = [row for row, worker in enumerate(self.hosted) if worker in present_set]
-        gradients = RoundGradients(self.model, self._participants(rows, number), self.state.weights, self.state.buffers)
-        round_ = Round(
-            number=number,
-            num_local_steps=self.plan.local_steps,
-            weights=self.state.weights,
-            workers=[self.hosted[row] for row in rows],
-            worker_weight=self._alpha_of(rows),
-            all_worker_weights=self._alpha,
-            present_weight=float(self._alpha[list(present)].sum()),
-            num_participations=(self.state.num_participations[rows] + 1).to(self._device),
-            gradients=gradients,
-        )
-        with torch.no_grad():
-            local = self.algorithm.local_work(round_, self._rows(rows))
-            message, buffer_message = self._message(local, rows), self._buffer_message(round_, gradients, present[0])
-            scalars = self._scalars(local, gradients, round_)
-            total = self.consensus.sum_message([*message.values(), *buffer_message.values()], scalars)
-            sums = total.scalars.tolist()
-            problem = describe_faults(sums[:NUM_FAULT_SCALARS], gradients.fault, list(self.state.weights))
-            loss_sum, primal_square, num_stopping = sums[NUM_FAULT_SCALARS:]
-            outcome = RoundOutcome(loss_sum / round_.present_weight, problem=problem, stopped=num_stopping > 0)
+        with torch.no_grad(), explain_out_of_memory(self._footprint):
+            present = draw_participants(
+                len(self.shard_sizes), self.plan.participation, seed=self.plan.seed, round_number=number
+            )
+            chosen = set(present)
+            rows = [row for row, worker in enumerate(self.hosted) if worker in chosen]
+            present_weight = float(self._alpha[list(present)].sum())
+            local = LocalRound(
+                works=[self._work(part, number, present_weight) for part in self._exchange.parts(rows)],
+                hosted=self.hosted,
+                present=present,
+                present_weight=present_weight,
+                absent=[row for row, worker in enumerate(self.hosted) if worker not in chosen],
+                has_taken_part=self.state.num_participations.bool().tolist(),
+                standing_message=self._standing_message,
+                worker_weight=self._alpha,
+                buffers=self.state.buffers,
+                is_stopping=self.stop_requested(),
+            )
+            total = self._exchange(local)
+            problem, result = total.problem, None
+            if problem is None:
+                # What a method makes of the sum depends on no worker: any part's round will do.
+                result = self.algorithm.consensus(local.works[0].round_, total.message, self.state.shared)
+                problem = describe_weights(result.weights)
+            outcome = RoundOutcome(total.loss, problem=problem, stopped=total.is_stopping)
             if problem is not None and self.plan.on_nonfinite == "raise":
                 raise FloatingPointError(f"{problem} in round {number}: the weights of round {number - 1} are kept")
             self._count(present, total.num_bytes)
-            if problem is not None:
+            if result is None or problem is not None:
                 return outcome
-            split = len(message)
-            result = self.algorithm.consensus(
-                round_, dict(zip(message, total.tensors[:split], strict=True)), self.state.shared
-            )
-            residuals = self._residuals(result, primal_square if local.primal_residual is not None else None)
-            self._commit(rows, local, result, dict(zip(buffer_message, total.tensors[split:], strict=True)))
+            residuals = self._residuals(result, total.primal_square)
+            self._commit(rows, local.state(), result, total.buffers)
         self.state.loss_sum += outcome.train_loss
         self.state.loss_rounds += 1
-        return replace(outcome, penalty=result.penalty, primal_residual=residuals[0], dual_residual=residuals[1])
+        warning = None
+        if self.plan.on_divergence == "warn":
+            warning = self._watch.feed(
+                loss=outcome.train_loss, primal_residual=residuals[0], dual_residual=residuals[1]
+            )
+        return replace(
+            outcome, penalty=result.penalty, primal_residual=residuals[0], dual_residual=residuals[1], warning=warning
+        )
 
     def evaluate(self, outcome: RoundOutcome) -> dict[str, float | int | None]:
         """The metrics line of the round that `outcome` belongs to; `train_loss` is the mean since the last line."""
@@ -217,6 +236,23 @@ class Trainer:
                 live[name].copy_(value)
         return self.model
 
+    def _work(self, rows: Sequence[int], number: int, present_weight: float) -> Work:
+        """Local work of some present hosted workers, in one call of the method."""
+        gradients = RoundGradients(self.model, self._participants(rows, number), self.state.weights, self.state.buffers)
+        round_ = Round(
+            number=number,
+            num_local_steps=self.plan.local_steps,
+            weights=self.state.weights,
+            workers=[self.hosted[row] for row in rows],
+            worker_weight=self._alpha_of(rows),
+            all_worker_weights=self._alpha,
+            present_weight=present_weight,
+            shared=self.state.shared,
+            num_participations=(self.state.num_participations[rows] + 1).to(self._device),
+            gradients=gradients,
+        )
+        return Work(rows, round_, gradients, self.algorithm.local_work(round_, self._rows(rows)))
+
     def _participants(self, rows: Sequence[int], number: int) -> list[Participant]:
         participants = []
         for worker in (self.hosted[row] for row in rows):
@@ -241,41 +277,30 @@ class Trainer:
             return self.state.workers
         return {name: {kind: v[rows] for kind, v in kinds.items()} for name, kinds in self.state.workers.items()}
 
-    def _message(self, local: LocalResult, rows: Sequence[int]) -> Tensors:
-        message = dict(local.message)
-        absent = sorted(set(range(len(self.hosted))).difference(rows))
-        if absent:
-            standing = self.algorithm.standing_message(self._rows(absent), self._alpha_of(absent))
-            for name, value in standing.items():
-                message[name] = message[name] + value
-        return message
+    def _standing_message(self, rows: Sequence[int]) -> Tensors:
+        return self.algorithm.standing_message(
+            self._rows(rows), self._alpha_of(rows), round_number=self.state.round_number + 1
+        )
 
-    def _buffer_message(self, round_: Round, gradients: RoundGradients, first_present: int) -> Tensors:
-        """Change of each buffer: weighted over the workers for floats, the first present worker's for integers."""
-        shares = (round_.worker_weight / round_.present_weight).tolist()
-        message = {}
-        for name, old in self.state.buffers.items():
-            if old.dtype == torch.bool:
-                continue
-            is_average = old.is_floating_point()
-            change = torch.zeros_like(old, dtype=state_dtype(old.dtype) if is_average else torch.float32)
-            for worker, share, buffers in zip(gradients.workers, shares, gradients.buffers, strict=True):
-                factor = share if is_average else float(worker == first_present)
-                change += factor * (buffers[name] - old).to(change.dtype)
-            message[name] = change
-        return message
-
-    def _scalars(self, local: LocalResult, gradients: RoundGradients, round_: Round) -> list[float]:
-        mean_losses = gradients.loss_sums / self.plan.local_steps
-        loss = float(mean_losses @ round_.worker_weight.cpu())
-        primal = 0.0 if local.primal_residual is None else float(local.primal_residual)
-        return [*fault_scalars(gradients.fault), loss, primal, float(self.stop_requested())]
+    def _footprint(self) -> Footprint:
+        weights = self.state.weights.values()
+        return Footprint(
+            round_number=self.state.round_number + 1,
+            rank=self.consensus.rank,
+            num_ranks=self.consensus.num_ranks,
+            num_hosted=len(self.hosted),
+            num_parameters=sum(w.numel() for w in weights),
+            bytes_per_parameter=max(w.element_size() for w in weights),
+            state_bytes=sum(v.nbytes for kinds in self.state.workers.values() for v in kinds.values()),
+            batch_size=self.plan.batch_size,
+            gathered_workers=len(self.shard_sizes) if self.plan.consensus != "sum" else 0,
+        )
 
     def _count(self, present: Sequence[int], num_bytes: int) -> None:
         batch = self.plan.batch_size
         self.state.round_number += 1
         self.state.samples_seen += self.plan.local_steps * sum(min(batch, self.shard_sizes[i]) for i in present)
-        self.state.bytes_sent += num_bytes * len(present)
+        self.state.bytes_sent += num_bytes
 
     def _residuals(self, result: ConsensusResult, primal_square: float | None) -> tuple[float | None, float | None]:
         """sqrt(sum_i alpha_i ||w_i - w||^2) and sigma ||w_next - w|| (Boyd et al. 2011, section 3.3)."""
@@ -288,16 +313,16 @@ class Trainer:
     def _pairs(self, new: Tensors) -> Iterator[tuple[Tensor, Tensor]]:
         return ((new[name], old) for name, old in self.state.weights.items())
 
-    def _commit(self, rows: Sequence[int], local: LocalResult, result: ConsensusResult, buffers: Tensors) -> None:
+    def _commit(self, rows: Sequence[int], workers: State, result: ConsensusResult, buffers: Tensors) -> None:
         state = self.state
         state.weights, state.shared = result.weights, result.shared
         for name, change in buffers.items():
             old = state.buffers[name]
             state.buffers[name] = old + (change if old.is_floating_point() else change.round()).to(old.dtype)
         if len(rows) == len(self.hosted):
-            state.workers = local.state
+            state.workers = workers
         else:
-            for name, kinds in local.state.items():
+            for name, kinds in workers.items():
                 for kind, value in kinds.items():
                     state.workers[name][kind][rows] = value
         state.num_participations[rows] += 1

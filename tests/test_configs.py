@@ -133,7 +133,7 @@ def test_defaults_in_the_root_are_those_of_the_schema() -> None:
     schema = Config()
     for name in known_keys(Config) - set(SCHEMAS) - {"checkpoint"}:
         assert content[name] == getattr(schema, name), name
-    assert content["checkpoint"] == {"every": schema.checkpoint.every}
+    assert content["checkpoint"] == vars(schema.checkpoint)
 
 
 def test_a_target_is_called_with_the_keys_that_are_not_the_packages_own() -> None:

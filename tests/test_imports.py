@@ -19,14 +19,15 @@ PACKAGE = Path(pisa_dist.__file__).parent
 LAYERS = (
     ("checks",),
     ("admm",),
-    ("consensus", "distributed", "faults"),
+    ("consensus", "distributed", "faults", "robust"),
     ("optim_base",),
     ("optim",),
     ("",),  # pisa_dist itself, which offers the optimizers
-    ("data", "progress", "tracking"),
+    ("data", "guards", "progress", "tracking"),
     ("metrics", "models"),
     ("algorithms",),
     ("gradients",),
+    ("exchange",),
     ("trainer",),
     ("snapshot", "figures", "preemption"),
     ("checkpoint",),

@@ -645,3 +645,25 @@ def test_an_optimizer_keeps_its_process_group_when_a_state_dict_is_loaded():
     _, *by_rank = run_ranks(reload_in_a_subgroup, 3, timeout=20)
     for straight, reloaded in by_rank:
         assert_same_bits(reloaded, straight)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "words"),
+    [
+        ("*bias*", r"must be a list of patterns, got '\*bias\*'"),
+        (["nonsense*"], r"pattern 'nonsense\*' matches no parameter, there are weight, bias"),
+    ],
+)
+def test_patterns_that_name_nothing_are_refused(patterns, words):
+    with pytest.raises(ValueError, match=words):
+        NSISA(nn.Linear(2, 2).named_parameters(), sisa_parameters=patterns)
+
+
+def test_patterns_need_named_parameters():
+    with pytest.raises(ValueError, match=r"pass model\.named_parameters\(\)"):
+        NSISA(nn.Linear(2, 2).parameters(), sisa_parameters=["*weight*"])
+    optimizer = NSISA(nn.Linear(2, 2).named_parameters(), sisa_parameters=["*weight*"])
+    weight = optimizer.param_groups[0]["params"][0]
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert set(optimizer.state[weight]) == {"dual", "second_moment"}

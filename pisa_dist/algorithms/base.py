@@ -7,7 +7,7 @@ lines serve one worker in a process or a thousand. The trainer owns the state, t
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -41,6 +41,7 @@ class Round:
         present_weight: sum of alpha_i over all workers that are present in this round, on any rank.
         num_participations: t_i, how often each present worker has taken part, this round included, shape [workers].
         gradients: the gradient oracle.
+        shared: the method's shared state.
     """
 
     number: int
@@ -52,6 +53,7 @@ class Round:
     present_weight: float
     num_participations: Tensor
     gradients: Gradients
+    shared: State = field(default_factory=dict)
 
     def stacked_weights(self) -> Tensors:
         """The consensus weights as every present worker's own copy, [workers, *shape], without copying memory."""
@@ -124,14 +126,15 @@ class Algorithm(ABC):
             state: state of the present workers, stacked; there may be none of them (dimension 0 is empty).
         """
 
-    def standing_message(self, state: State, worker_weight: Tensor) -> dict[str, Tensor]:
+    def standing_message(self, state: State, worker_weight: Tensor, *, round_number: int) -> dict[str, Tensor]:
         """What absent workers' memory adds to the sum without them working; nothing by default.
 
-        Keys are among those of the message.
+        Keys are among those of the round's message.
 
         Args:
             state: state of the absent workers hosted here, stacked.
             worker_weight: their alpha_i, shape [workers].
+            round_number: t, from 1.
         """
         return {}
 
@@ -150,6 +153,17 @@ def weighted_sum(values: Tensor, worker_weight: Tensor) -> Tensor:
     values = values.to(state_dtype(values.dtype))
     total: Tensor = torch.tensordot(worker_weight.to(values.dtype), values, dims=1)
     return total
+
+
+def weighted_sums(values: Tensors, worker_weight: Tensor) -> Tensors:
+    """`weighted_sum` of every tensor, by name."""
+    return {name: weighted_sum(value, worker_weight) for name, value in values.items()}
+
+
+def moved_by_mean(round_: Round, message_sum: Tensors, *, factor: float = 1.0) -> Tensors:
+    """w + factor sum_i alpha_i u_i / sum_i alpha_i over the present workers, for message_sum = sum_i alpha_i u_i."""
+    scale = factor / round_.present_weight
+    return {name: w + scale * message_sum[name].to(w.dtype) for name, w in round_.weights.items()}
 
 
 def squared_distance(displacements: Tensors, worker_weight: Tensor) -> Tensor:

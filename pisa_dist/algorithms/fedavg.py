@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from pisa_dist.algorithms.base import (
     Algorithm,
     ConsensusResult,
@@ -11,9 +9,11 @@ from pisa_dist.algorithms.base import (
     Round,
     State,
     Tensors,
+    moved_by_mean,
     squared_distance,
-    weighted_sum,
+    weighted_sums,
 )
+from pisa_dist.algorithms.local_sgd import local_sgd
 
 
 @dataclass
@@ -32,7 +32,6 @@ class FedAvg(Algorithm):
     """
 
     name: str = "fedavg"
-
     takes_local_steps = True
 
     lr: float = 0.05
@@ -40,21 +39,9 @@ class FedAvg(Algorithm):
     weight_decay: float = 0.0
 
     def local_work(self, round_: Round, state: State) -> LocalResult:  # noqa: D102 - as in Algorithm
-        start = round_.stacked_weights()
-        local = start
-        velocity: Tensors = {}
-        for step in range(round_.num_local_steps):
-            gradients = round_.gradients(local, step)
-            if self.weight_decay:
-                gradients = {n: torch.add(g, local[n], alpha=self.weight_decay) for n, g in gradients.items()}
-            if self.momentum and velocity:
-                gradients = {n: torch.add(g, velocity[n], alpha=self.momentum) for n, g in gradients.items()}
-            velocity = gradients
-            local = {n: torch.add(w, velocity[n], alpha=-self.lr) for n, w in local.items()}
-        displacements = {n: w - start[n] for n, w in local.items()}
-        message = {n: weighted_sum(u, round_.worker_weight) for n, u in displacements.items()}
-        return LocalResult(state, message, squared_distance(displacements, round_.worker_weight))
+        moves = local_sgd(round_, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        message = weighted_sums(moves, round_.worker_weight)
+        return LocalResult(state, message, squared_distance(moves, round_.worker_weight))
 
     def consensus(self, round_: Round, message_sum: Tensors, shared: State) -> ConsensusResult:  # noqa: D102
-        weights = {n: w + message_sum[n].to(w.dtype) / round_.present_weight for n, w in round_.weights.items()}
-        return ConsensusResult(weights, shared)
+        return ConsensusResult(moved_by_mean(round_, message_sum), shared)

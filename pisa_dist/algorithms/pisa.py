@@ -100,7 +100,7 @@ class ADMM(Algorithm):
             displacements[name] = step.displacement
         return LocalResult(new_state, message, squared_distance(displacements, round_.worker_weight))
 
-    def standing_message(self, state: State, worker_weight: Tensor) -> Tensors:
+    def standing_message(self, state: State, worker_weight: Tensor, *, round_number: int) -> Tensors:
         """An absent worker's dual keeps standing for its data: alpha_i pi_i, with u_i = 0."""
         return {name: weighted_sum(memory["dual"], worker_weight) for name, memory in state.items()}
 
@@ -164,7 +164,11 @@ class Nsisa(ADMM):
     preconditioner_bound: float | None = None
     sisa_parameters: list[str] = field(default_factory=list)
 
-    def rule(self) -> Preconditioner:  # noqa: D102 - as in ADMM
+    def init_worker_state(self, parameters: Tensors, num_workers: int) -> State:  # noqa: D102 - as in ADMM
+        self.rule().check_patterns(list(parameters))
+        return super().init_worker_state(parameters, num_workers)
+
+    def rule(self) -> NewtonSchulz:  # noqa: D102 - as in ADMM
         vectors = SecondMoment("adam", self.second_moment_decay, self.eps, self.preconditioner_bound)
         return NewtonSchulz(
             self.momentum, self.newton_schulz_steps, self.eps, vectors, sisa_parameters=tuple(self.sisa_parameters)

@@ -55,7 +55,8 @@ class Synchronous(Algorithm):
             self._trial_step()
         except Exception as error:  # torch's optimizers refuse in every way there is
             raise ValueError(
-                f"`algorithm.optimizer_options` are refused by torch.optim.{self.optimizer}: {error}"
+                f"`algorithm.optimizer` {self.optimizer} cannot step on an averaged gradient with "
+                f"`algorithm.optimizer_options` {dict(self.optimizer_options)}: {error}"
             ) from error
 
     def _trial_step(self) -> None:

@@ -1,5 +1,6 @@
 """NSISA's preconditioner: momentum orthogonalised by Newton-Schulz iterations."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -84,6 +85,21 @@ class NewtonSchulz(Preconditioner):
 
     def __post_init__(self) -> None:
         check_ranges(vars(self))
+
+    def check_patterns(self, names: Sequence[str | None]) -> None:
+        """Refuse patterns in `sisa_parameters` that name nothing: the head would be orthogonalised in silence.
+
+        Args:
+            names: of all parameters; None where they are not known.
+
+        Raises:
+            ValueError: names the first pattern that matches no parameter.
+        """
+        known = [name for name in names if name is not None]
+        for pattern in self.sisa_parameters:
+            if not any(fnmatchcase(name, pattern) for name in known):
+                found = ", ".join(known) or "parameters without names: pass model.named_parameters()"
+                raise ValueError(f"`sisa_parameters` pattern {pattern!r} matches no parameter, there are {found}")
 
     def init_state(self, dual: Tensor) -> State:  # noqa: D102 - as in the protocol
         return {"momentum_buffer": torch.zeros_like(dual)}
