@@ -125,7 +125,7 @@ class AllReduce(Consensus):
     def _failed(self, collective: str, buffer: Tensor, error: RuntimeError) -> ConsensusError:
         return ConsensusError(
             f"the consensus {collective} of {buffer.numel()} numbers failed on rank {self.rank} of "
-            f"{self.num_ranks}: another rank has stopped or does not answer ({error})"
+            f"{self.num_ranks}: another rank has stopped, does not answer, or makes another number of steps ({error})"
         )
 
 
