@@ -47,7 +47,15 @@ _KINDS: dict[str, type] = {
 
 
 # What the library raises for files that it cannot make sense of.
-_UNREADABLE = (CheckpointException, RuntimeError, KeyError, AttributeError, EOFError, pickle.UnpicklingError)
+_UNREADABLE = (
+    CheckpointException,
+    RuntimeError,
+    KeyError,
+    AttributeError,
+    ImportError,
+    EOFError,
+    pickle.UnpicklingError,
+)
 
 
 class Checkpointer:
@@ -77,6 +85,7 @@ class Checkpointer:
                 shutil.rmtree(half, ignore_errors=True)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
+        self._is_complete = True
 
     def save(self, trainer: Trainer) -> None:
         """Begin to write the trainer's state as round_NNNNNN, after the one before is complete.
@@ -91,18 +100,19 @@ class Checkpointer:
             self.wait()
 
     def wait(self) -> bool:
-        """Wait for the checkpoint that is being written; whether it is complete (True where there is none)."""
+        """Wait for the checkpoint that is being written; whether the last is complete (True where there is none)."""
         if self._pending is None:
-            return True
+            return self._is_complete
         pending, self._pending = self._pending, None
         try:
             pending.result()
+            self._is_complete = True
         except (OSError, CheckpointException, RuntimeError) as error:
             if self._is_first:
                 reason = _last_line(error)
                 print(f"warning: checkpoint not written, training goes on: {reason}", file=sys.stderr, flush=True)
-            return False
-        return True
+            self._is_complete = False
+        return self._is_complete
 
     def close(self) -> bool:
         """Wait for what is being written, and end the thread; whether the last checkpoint is complete."""

@@ -91,8 +91,8 @@ def process_group(device: torch.device, *, timeout: timedelta = timedelta(minute
     except RuntimeError as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConnectionError(
-            f"the {num_ranks} ranks did not come together at {place} (MASTER_ADDR, MASTER_PORT) within "
-            f"{timeout.total_seconds():g} s (timeout_seconds): {str(error).strip().splitlines()[0]}"
+            f"the {num_ranks} ranks did not come together at {place} (MASTER_ADDR and MASTER_PORT; timeout_seconds is "
+            f"{timeout.total_seconds():g}): {str(error).strip().splitlines()[0]}"
         ) from error
     try:
         yield

@@ -91,7 +91,7 @@ class RunDirectory:
         Raises:
             ValueError: another process holds it.
         """
-        with (self.path / "lock").open("a+") as file:
+        with (self.path / ".lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

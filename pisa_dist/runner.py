@@ -101,15 +101,15 @@ def _train(
             is_stopped = outcome.stopped and number < config.rounds
             if is_stopped or (every and (number % every == 0 or number == config.rounds)):
                 checkpointer.save(trainer)
-    is_saved = checkpointer.close()
+        is_saved = checkpointer.close()
     tracker.finish()
+    if is_stopped and not is_saved:
+        raise OSError(f"stopped after round {number}, and its checkpoint could not be written")
     if is_first:
         status = "preempted" if is_stopped else "completed"
         files.write_summary(_facts(config, trainer, num_train), status=status)
-    if is_stopped and is_saved:
-        raise Preempted(files.path, number)
     if is_stopped:
-        raise OSError(f"stopped after round {number}, and its checkpoint could not be written")
+        raise Preempted(files.path, number)
     if is_first:
         draw_run(files.path)
 

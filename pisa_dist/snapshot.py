@@ -79,7 +79,9 @@ def flatten(state: TrainingState, hosted: Sequence[int]) -> Flat:
             flat |= {f"workers/{worker}/{name}/{kind}": value[row] for kind, value in kinds.items()}
     # Counters as tensors, so that nothing in a checkpoint needs unpickling.
     flat |= {f"counters/{name}": torch.tensor(getattr(state, name), dtype=torch.int64) for name in _INTEGERS}
-    flat |= {f"counters/{name}": torch.tensor(getattr(state, name), dtype=torch.float64) for name in _FLOATS}
+    # Every rank has a time of its own; that of the first, which writes the metrics, is the run's.
+    floats = [name for name in _FLOATS if name != "seconds" or 0 in hosted]
+    flat |= {f"counters/{name}": torch.tensor(getattr(state, name), dtype=torch.float64) for name in floats}
     return {key: value.detach().to("cpu", copy=True) for key, value in flat.items()}
 
 

@@ -16,7 +16,7 @@ _COLLECTIVE_TIMEOUT = timedelta(seconds=30)
 _GRACE_SECONDS = 2.0  # for the other ranks to say why, too, once one has failed
 
 
-def run_ranks(function, num_ranks, *args, timeout=180):
+def run_ranks(function, num_ranks, *args, timeout=240):
     """Call `function(rank, num_ranks, *args)` on every rank and return the list of results.
 
     Starting a rank imports torch, which takes seconds: let one call do many cases.

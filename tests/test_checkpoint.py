@@ -12,7 +12,7 @@ from pisa_dist import checkpoint
 from pisa_dist.algorithms import ALGORITHMS
 from pisa_dist.consensus import AllReduce, InProcess
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 SETTINGS = {
     "sisa": {"penalty": 2.0, "penalty_growth": 1.01},

@@ -137,6 +137,7 @@ def test_one_command_writes_the_whole_run_directory(tmp_path: Path) -> None:
         "summary.json",
         "split.json",
         "figures",
+        ".lock",
     }
 
     register_schemas()

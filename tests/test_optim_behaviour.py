@@ -642,7 +642,7 @@ def reload_in_a_subgroup(rank, num_ranks):
 
 
 def test_an_optimizer_keeps_its_process_group_when_a_state_dict_is_loaded():
-    _, *by_rank = run_ranks(reload_in_a_subgroup, 3, timeout=20)
+    _, *by_rank = run_ranks(reload_in_a_subgroup, 3)
     for straight, reloaded in by_rank:
         assert_same_bits(reloaded, straight)
 
