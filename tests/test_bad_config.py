@@ -20,7 +20,7 @@ from pisa_dist import runner
 from pisa_dist.schema import to_config, validate
 from pisa_dist.train import _one_line, config_directory, main, register_schemas
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 REFUSALS = (ValueError, HydraException, OmegaConfBaseException)
 MULTILINE = string.whitespace.replace(" ", "")

@@ -23,7 +23,7 @@ from pisa_dist.progress import Progress
 from pisa_dist.schema import as_plain
 from pisa_dist.train import config_directory, main, register_schemas
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = [

@@ -14,7 +14,7 @@ from pisa_dist.checks import RANGES
 from pisa_dist.schema import SCHEMAS, CheckpointConfig, Config, as_plain, target_arguments, to_config, validate
 from pisa_dist.train import config_directory, register_schemas
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(300)
 
 CONFIGS = config_directory()
 OPTIONS = sorted((file.parent.name, file.stem) for group in SCHEMAS for file in (CONFIGS / group).glob("*.yaml"))

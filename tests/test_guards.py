@@ -19,7 +19,7 @@ from pisa_dist.gradients import RoundGradients
 from pisa_dist.guards import Footprint, OutOfMemory, ResidualWatch, explain_out_of_memory
 from pisa_dist.models import build_model
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 
 # Divergence

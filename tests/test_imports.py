@@ -10,7 +10,7 @@ import pytest
 
 import pisa_dist
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(300)
 
 PACKAGE = Path(pisa_dist.__file__).parent
 

@@ -16,7 +16,7 @@ from pisa_dist.consensus import AllReduce, InProcess
 from pisa_dist.data.datasets import Dataset
 from pisa_dist.robust import check_consensus, coordinate_median, num_trimmed, robust_rule, trimmed_mean
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 RULES = ("sum", "trimmed", "median")
 NAN, INF = float("nan"), float("inf")
