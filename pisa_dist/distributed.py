@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -10,6 +11,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
+
+_SECONDS_FOR_AN_ANSWER = timedelta(seconds=2)
 
 
 def select_device(name: str, *, local_rank: int = 0) -> torch.device:
@@ -87,7 +91,8 @@ def process_group(device: torch.device, *, timeout: timedelta = timedelta(minute
     _from_environment("MASTER_PORT", None, low=1, high=65535)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, rank=rank, world_size=num_ranks, timeout=timeout)
+        store = _store_of_this_attempt(rank, num_ranks, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
     except RuntimeError as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConnectionError(
@@ -98,6 +103,31 @@ def process_group(device: torch.device, *, timeout: timedelta = timedelta(minute
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _store_of_this_attempt(rank: int, num_ranks: int, timeout: timedelta) -> TCPStore | None:
+    """A new store where torchrun lends its own to one attempt after another, as torch 2.13 does; else None.
+
+    In a store that has served before, a restarted rank finds the addresses of the ranks that are gone and calls them.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    host, key = os.environ["MASTER_ADDR"], "pisa_dist/port"
+    lent = TCPStore(host, int(os.environ["MASTER_PORT"]), num_ranks, is_master=False, timeout=timeout)
+    if rank == 0:
+        own = TCPStore(host, 0, num_ranks, is_master=True, timeout=timeout, wait_for_workers=False)
+        lent.set(key, str(own.port))
+        return own
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        try:  # the port may be that of the attempt before, where nobody answers
+            own = TCPStore(host, int(lent.get(key)), num_ranks, is_master=False, timeout=_SECONDS_FOR_AN_ANSWER)
+        except dist.DistError:
+            if time.monotonic() > deadline:
+                raise
+        else:
+            own.set_timeout(timeout)
+            return own
 
 
 def require_same(description: Sequence[str], *, group: dist.ProcessGroup | None, device: torch.device) -> None:

@@ -21,7 +21,11 @@ class Preempted(Exception):  # noqa: N818 - no error: the run did as it was told
     """The run was asked to stop and did so in good order; it can be resumed."""
 
     def __init__(self, path: Path, round_number: int) -> None:
-        super().__init__(f"stopped after round {round_number}: go on with run_dir={path} resume=auto")
+        super().__init__(path, round_number)
+
+    def __str__(self) -> str:
+        path, round_number = self.args
+        return f"stopped after round {round_number}: go on with run_dir={path} resume=auto"
 
 
 class StopRequest:

@@ -80,13 +80,18 @@ def main() -> None:
         status = 2
         _complain(error)
 
+    arguments, launcher = sys.argv[1:], os.getpid()
+
     # One process group for all jobs of a sweep: a rendezvous cannot be repeated under torchrun.
     with ExitStack() as stack:
 
         @hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="config")
         def job(composed: DictConfig) -> None:
+            if os.getpid() != launcher:
+                _train_elsewhere(composed, arguments)
+                return
             try:
-                _train(composed, stack)
+                _train(composed, stack, arguments)
             except Preempted as stopped:
                 _wait_for_the_others()
                 if launched_ranks()[0] == 0:
@@ -99,8 +104,11 @@ def main() -> None:
                     raise SystemExit(status) from error
 
         try:
-            _refuse_empty_groups(sys.argv[1:])
+            _refuse_empty_groups(arguments)
             job()
+        except Preempted as stopped:
+            print(stopped, flush=True)
+            status = REQUEUE_STATUS
         except USER_ERRORS as error:
             failed(error)
         except KeyboardInterrupt:
@@ -117,13 +125,24 @@ def _wait_for_the_others() -> None:
             dist.barrier()
 
 
-def _train(composed: DictConfig, stack: ExitStack) -> None:
+def _train_elsewhere(composed: DictConfig, arguments: Sequence[str]) -> None:
+    """A sweep's job in a process that its launcher, such as submitit's, has started: errors go home by pickle."""
+    try:
+        with ExitStack() as stack:
+            _train(composed, stack, arguments)
+    except USER_ERRORS as error:
+        raise ValueError(_one_line(error)) from None
+
+
+def _train(composed: DictConfig, stack: ExitStack, arguments: Sequence[str]) -> None:
     rank, num_ranks, local_rank = launched_ranks()
     config = to_config(composed)
     validate(config, num_ranks=num_ranks)
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN and config.run_dir is not None:
-        config.run_dir = str(Path(config.run_dir) / _job_name(hydra_config.overrides.task, hydra_config.job.num))
+        config.run_dir = str(
+            Path(config.run_dir) / _job_name(hydra_config.overrides.task, arguments, hydra_config.job.num)
+        )
     device = select_device(config.device, local_rank=local_rank)
     stack.enter_context(process_group(device, timeout=timedelta(seconds=config.timeout_seconds)))
     path = run(config, as_plain(composed))
@@ -131,9 +150,9 @@ def _train(composed: DictConfig, stack: ExitStack) -> None:
         print(f"run directory: {path}", flush=True)
 
 
-def _job_name(overrides: Sequence[str], number: int) -> str:
+def _job_name(overrides: Sequence[str], arguments: Sequence[str], number: int) -> str:
     """Directory of a sweep's job: what the sweep varies, such as "seed=1,algorithm=sisa"; else the job's number."""
-    varied = [override for override in overrides if override not in sys.argv[1:]]
+    varied = [override for override in overrides if override not in arguments]
     name = ",".join(varied).replace("/", "_")
     return name if 0 < len(name) <= LONGEST_JOB_NAME else str(number)
 

@@ -10,4 +10,4 @@ ruff check .
 ruff format --check .
 mypy
 cores="$(python -c 'import os; print(min(os.cpu_count() or 1, 8))')"
-python -m pytest -n "$cores" --cov --cov-report=term:skip-covered "$@"
+python -m pytest -n "$cores" --dist loadgroup --cov --cov-report=term:skip-covered "$@"
