@@ -86,8 +86,8 @@ def process_group(device: torch.device, *, timeout: timedelta = timedelta(minute
         yield
         return
     os.environ.setdefault("MASTER_ADDR", os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
-    # One port per job: two jobs of one user on one node must not meet.
-    os.environ.setdefault("MASTER_PORT", str(20000 + _from_environment("SLURM_JOB_ID", 0) % 20000))
+    # One port per job, so that two on one node do not meet, below those that systems give to outgoing connections.
+    os.environ.setdefault("MASTER_PORT", str(15000 + _from_environment("SLURM_JOB_ID", 0) % 15000))
     _from_environment("MASTER_PORT", None, low=1, high=65535)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
