@@ -12,12 +12,12 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -28,23 +28,23 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
-from pisa_dist.snapshot import FORMAT, Flat, contents, flatten, require_fit, resize_duals, restore, wanted_keys
+from pisa_dist.consensus import ConsensusError
+from pisa_dist.snapshot import (
+    Flat,
+    contents,
+    flatten,
+    require_fit,
+    require_sound,
+    require_weights,
+    resize_duals,
+    restore,
+    wanted_keys,
+)
 from pisa_dist.trainer import Trainer
 
 CONTENTS, CHECKSUMS = "contents.json", "checksums.json"
 UNFINISHED = ".unfinished"
 METADATA = ".metadata"
-
-# What contents.json holds; `snapshot.contents` writes it.
-_KINDS: dict[str, type] = {
-    "algorithm": str,
-    "choices": dict,
-    "num_workers": int,
-    "tensors": dict,
-    "round": int,
-    "worker_weight": list,
-}
-
 
 # What the library raises for files that it cannot make sense of.
 _UNREADABLE = (
@@ -63,7 +63,8 @@ class Checkpointer:
 
     The state is copied at once; a thread writes it with torch.distributed.checkpoint over a process group of its own,
     so that its collectives never mix with training's. A checkpoint has another name until it is complete and its
-    checksums are written, so that a half-written one is never picked. Call `close` at the end.
+    checksums are written, so that a half-written one is never picked. Call `close` at the end, or use it in a `with`:
+    what is being written is then finished before the process group goes, unless another rank has failed.
 
     Args:
         directory: where checkpoints lie, `<run>/checkpoints`.
@@ -86,6 +87,14 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
         self._is_complete = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # A rank that waited here would keep its connections open, and others waiting: for one that is gone.
+        if kind is None or not issubclass(kind, ConsensusError):
+            self.close()
 
     def save(self, trainer: Trainer) -> None:
         """Begin to write the trainer's state as round_NNNNNN, after the one before is complete.
@@ -241,26 +250,13 @@ def read_contents(path: Path) -> dict[str, Any]:
     """contents.json of a checkpoint.
 
     Raises:
-        ValueError: it is not there, cannot be read, or is of another format.
+        ValueError: it is not there, cannot be read, is of another format, or makes no sense.
     """
     try:
         found = json.loads((path / CONTENTS).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"`resume` {str(path)!r} is not a checkpoint: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"`resume` {str(path)!r} is not a checkpoint: {CONTENTS} holds no mapping")
-    if found.get("format") != FORMAT:
-        raise ValueError(
-            f"`resume` {str(path)!r} does not fit: its format is {found.get('format')!r}, this run's is {FORMAT}: use "
-            "the version of pisa_dist that wrote it"
-        )
-    for key, kind in _KINDS.items():
-        if type(found.get(key)) is not kind:
-            raise ValueError(
-                f"`resume` {str(path)!r} is damaged: {key} in {CONTENTS} must be of type {kind.__name__}, "
-                f"got {found.get(key)!r}"
-            )
-    return found
+    return require_sound(found, source=str(path))
 
 
 def load(trainer: Trainer, path: Path, *, resize: str = "refuse") -> None:
@@ -278,7 +274,7 @@ def load(trainer: Trainer, path: Path, *, resize: str = "refuse") -> None:
     require_fit(found, trainer, source=str(path), resize=resize)
     is_resized = found["num_workers"] != len(trainer.shard_sizes)
     if is_resized:
-        _require_weights(found, path)
+        require_weights(found, source=str(path))
     try:
         keys = _tensor_keys(path)
         trainer.state = restore(_read(path, wanted_keys(keys, trainer.hosted)), trainer)
@@ -333,15 +329,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
-
-
-def _require_weights(found: Mapping[str, Any], path: Path) -> None:
-    weights, number = found["worker_weight"], found["num_workers"]
-    if len(weights) != number or not all(isinstance(weight, float) and 0 <= weight <= 1 for weight in weights):
-        raise ValueError(
-            f"`resume` {str(path)!r} is damaged: worker_weight in {CONTENTS} must be {number} numbers in [0, 1], "
-            f"got {weights!r}"
-        )
 
 
 def _tensor_keys(path: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -86,8 +86,7 @@ def _train(
         asynchronous=config.checkpoint.asynchronous,
         timeout=timedelta(seconds=config.timeout_seconds),
     )
-    # Whatever happens, a checkpoint that is being written is finished before the process group goes.
-    with closing(checkpointer), Progress(config.rounds, start_round=number, enabled=is_first) as progress:
+    with checkpointer, Progress(config.rounds, start_round=number, enabled=is_first) as progress:
         for number, outcome, metrics in trainer.run():
             if outcome.problem and is_first:
                 print(f"round {number}: {outcome.problem}: round skipped", file=sys.stderr, flush=True)

@@ -17,6 +17,14 @@ FORMAT = 1
 RESIZE = ("refuse", "resplit", "drop")
 _INTEGERS = ("round_number", "samples_seen", "bytes_sent", "loss_rounds")
 _FLOATS = ("seconds", "loss_sum")
+_KINDS: dict[str, type] = {
+    "algorithm": str,
+    "choices": dict,
+    "num_workers": int,
+    "tensors": dict,
+    "round": int,
+    "worker_weight": list,
+}
 
 Flat = dict[str, Tensor]
 
@@ -35,6 +43,42 @@ def contents(trainer: Trainer) -> dict[str, Any]:
         "shard_sizes": list(trainer.shard_sizes),
         "worker_weight": list(trainer.worker_weight),
     }
+
+
+def require_sound(found: object, *, source: str) -> dict[str, Any]:
+    """What `contents` wrote, read again: of this format, with every entry of its type.
+
+    Raises:
+        ValueError: it is not; a checkpoint of another version, or changed by hand.
+    """
+    if not isinstance(found, dict):
+        raise ValueError(f"`resume` {source!r} is not a checkpoint: contents.json holds no mapping")
+    if found.get("format") != FORMAT:
+        raise ValueError(
+            f"`resume` {source!r} does not fit: its format is {found.get('format')!r}, this run's is {FORMAT}: use "
+            "the version of pisa_dist that wrote it"
+        )
+    for key, kind in _KINDS.items():
+        if type(found.get(key)) is not kind:  # a truth value is no number
+            raise ValueError(
+                f"`resume` {source!r} is damaged: {key} in contents.json must be of type {kind.__name__}, "
+                f"got {found.get(key)!r}"
+            )
+    return found
+
+
+def require_weights(found: Mapping[str, Any], *, source: str) -> None:
+    """Refuse weights that `resize_duals` cannot use.
+
+    Raises:
+        ValueError: they are not one number for each worker.
+    """
+    weights, number = found["worker_weight"], found["num_workers"]
+    if len(weights) != number or not all(isinstance(weight, float) and 0 <= weight <= 1 for weight in weights):
+        raise ValueError(
+            f"`resume` {source!r} is damaged: worker_weight in contents.json must be {number} numbers in [0, 1], "
+            f"got {weights!r}"
+        )
 
 
 def require_fit(found: Mapping[str, Any], trainer: Trainer, *, source: str, resize: str) -> None:

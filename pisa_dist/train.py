@@ -99,6 +99,10 @@ def main() -> None:
                 raise SystemExit(REQUEUE_STATUS) from None
             except USER_ERRORS as error:
                 failed(error)
+                if isinstance(error, ConsensusError):
+                    # An orderly end would wait for the ranks that are gone; this one closes its connections at once.
+                    sys.stdout.flush()
+                    os._exit(status)
                 if not _is_alike(error) and launched_ranks()[1] > 1:
                     # The other ranks are in the middle of this job: going on to the next would cross collectives.
                     raise SystemExit(status) from error
