@@ -89,7 +89,7 @@ class LocalRound:
             change = torch.zeros_like(old, dtype=state_dtype(old.dtype) if is_average else torch.float32)
             factors = shares if is_average else integer_shares
             for factor, buffers in zip(factors, work.gradients.buffers, strict=True):
-                change += factor * (buffers[name] - old).to(change.dtype)
+                change += factor * _difference(buffers[name], old).to(change.dtype)
             tensors.append(change)
         primal = work.result.primal_residual
         tensors.append(torch.zeros_like(tensors[0].sum()) if primal is None else primal.to(_widest(tensors)))
@@ -249,6 +249,11 @@ def make_exchange(kind: str, trim: float, *, consensus: Consensus, num_workers: 
 def exchanged_buffers(buffers: Tensors) -> Tensors:
     """Buffers that training changes: all but booleans."""
     return {name: buffer for name, buffer in buffers.items() if buffer.dtype != torch.bool}
+
+
+def _difference(new: Tensor, old: Tensor) -> Tensor:
+    """new - old; zero where they are equal, infinities included (-inf - -inf would be NaN: a causal mask is one)."""
+    return (new - old).masked_fill_(new == old, 0)
 
 
 def _widest(tensors: Sequence[Tensor]) -> torch.dtype:

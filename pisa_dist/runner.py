@@ -88,6 +88,9 @@ def _train(
     )
     with checkpointer, Progress(config.rounds, start_round=number, enabled=is_first) as progress:
         for number, outcome, metrics in trainer.run():
+            # A round is only called done once the checkpoint before it is complete: a kill then costs one interval at
+            # most, and writing still overlaps with the round that follows.
+            checkpointer.wait()
             if outcome.problem and is_first:
                 print(f"round {number}: {outcome.problem}: round skipped", file=sys.stderr, flush=True)
             if outcome.warning and is_first:

@@ -122,6 +122,16 @@ def test_participants_are_the_nearest_number_and_change_from_round_to_round():
     assert trainer.state.samples_seen == samples
 
 
+def test_a_buffer_with_infinities_such_as_a_causal_mask_stays_as_it_is():
+    model = small_net()
+    mask = torch.full((3, 3), float("-inf"), dtype=torch.float64).triu(1)
+    model.register_buffer("mask", mask.clone())
+    trainer = make_trainer(ALGORITHMS["sisa"](penalty=4.0), model=model)
+    outcome = trainer.run_round()
+    assert outcome.problem is None
+    assert torch.equal(trainer.state.buffers["mask"], mask)
+
+
 def test_batch_norm_statistics_are_the_weighted_average_and_the_counter_advances():
     trainer = make_trainer(ALGORITHMS["fedavg"](lr=0.1), model=small_net(batch_norm=True), local_steps=2)
     start = {name: value.clone() for name, value in trainer.state.buffers.items()}

@@ -80,10 +80,11 @@ def minute(trainer: Trainer, checkpointer: checkpoint.Checkpointer | None, secon
     while time.perf_counter() - started < seconds:
         trainer.run_round()
         rounds += 1
-        if checkpointer and written is None and checkpointer._pending is not None and checkpointer._pending.done():
+        if checkpointer and written is None:
+            blocked += timed(checkpointer.wait)  # as the trainer's loop does
             written = time.perf_counter() - started
-    if checkpointer and not checkpointer.wait():
-        raise RuntimeError("the checkpoint was not written")
+            if not checkpointer.wait():
+                raise RuntimeError("the checkpoint was not written")
     return {
         "with_checkpoint": checkpointer is not None,
         "rounds": rounds,
