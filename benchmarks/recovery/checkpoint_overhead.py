@@ -56,7 +56,7 @@ def make_trainer() -> Trainer:
     shards = {i: data.select(list(range(64 * i, 64 * (i + 1)))) for i in range(WORKERS)}
     return Trainer(
         model=CharacterModel(),
-        algorithm=ALGORITHMS["sisa"](penalty=10.0),
+        algorithm=ALGORITHMS["sisa"](penalty=100.0),
         shards=shards,
         test=data.select([0]),
         shard_sizes=[64] * WORKERS,
