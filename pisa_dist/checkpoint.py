@@ -61,11 +61,12 @@ _UNREADABLE = (
 class Checkpointer:
     """Writes a run's checkpoints while training goes on, one at a time, on every rank alike.
 
-    The state is copied at once; a thread writes it during the round that follows (the run's loop calls `wait` before it
-    counts that round as done, so that a kill repeats at most the rounds since the checkpoint before). It is written with torch.distributed.checkpoint over a process group of its own,
-    so that its collectives never mix with training's. A checkpoint has another name until it is complete and its
-    checksums are written, so that a half-written one is never picked. Call `close` at the end, or use it in a `with`:
-    what is being written is then finished before the process group goes, unless another rank has failed.
+    The state is copied at once; a thread writes it with torch.distributed.checkpoint over a process group of its own,
+    so that its collectives never mix with training's. Writing overlaps with the round that follows: the run's loop
+    calls `wait` before it counts that round as done, so that a kill repeats one interval at most. A checkpoint has
+    another name until it is complete and its checksums are written, so that a half-written one is never picked. Call
+    `close` at the end, or use it in a `with`: what is being written is then finished before the process group goes,
+    unless another rank has failed.
 
     Args:
         directory: where checkpoints lie, `<run>/checkpoints`.

@@ -56,6 +56,7 @@ RANGES: dict[str, Range] = {
     "lr": _positive(),
     "weight_decay": Range(0.0),
     "worker_weight": _positive("alpha"),
+    "bucket_mb": _positive(),
     "proximal": Range(0.0, symbol="mu"),
     "server_lr": _positive(),
     "option": Range(1, 2, high_included=True, integer=True),
@@ -107,11 +108,11 @@ def check_ranges(values: Mapping[str, Any], *, prefix: str = "", optional: Seque
                 raise ValueError(f"`{prefix}{key}`{symbol} must be {allowed}, got {item!r}")
 
 
-def check_choice(key: str, value: object, choices: Sequence[str]) -> None:
+def check_choice(key: str, value: object, choices: Sequence[str | None]) -> None:
     """Refuse a value that is not one of the names in `choices`.
 
     Raises:
         ValueError: "`on_nonfinite` must be one of raise, skip, got 'ignore'".
     """
     if value not in choices:
-        raise ValueError(f"`{key}` must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"`{key}` must be one of {', '.join(map(str, choices))}, got {value!r}")

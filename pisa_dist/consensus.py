@@ -1,7 +1,8 @@
 """How ranks exchange messages: in one process, or with one collective on one flat buffer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -22,12 +23,19 @@ class MessageBuffer:
         num_scalars: number of scalars behind the tensors.
         dtype: floating type of the whole buffer.
         device: where it lives.
+
+    Attributes:
+        flat: the whole buffer.
+        num_values: numbers in it before the scalars.
+        tensors: views of it, one per shape.
+        scalars: view of the scalars.
     """
 
     def __init__(
         self, shapes: Sequence[torch.Size], num_scalars: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         sizes = [shape.numel() for shape in shapes]
+        self.num_values = sum(sizes)
         self.flat = torch.zeros(sum(sizes) + num_scalars, dtype=dtype, device=device)
         *pieces, self.scalars = torch.split(self.flat, [*sizes, num_scalars])
         self.tensors: list[Tensor] = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
@@ -38,11 +46,43 @@ class MessageBuffer:
         return self.flat.numel() * self.flat.element_size()
 
 
+class Sum:
+    """A sum of message buffers over the ranks that is being formed; this one is there already.
+
+    Attributes:
+        buffer: this rank's message, which `wait` replaces by the sum.
+        residual: what compression has left out of this rank's message, in the buffer's order without its scalars; None
+            where nothing is left out. Complete after `wait`.
+        num_bytes: bytes that this rank puts on the wire, before the collective's own factor.
+    """
+
+    def __init__(self, buffer: MessageBuffer, *, num_bytes: int = 0) -> None:
+        self.buffer = buffer
+        self.residual: Tensor | None = None
+        self.num_bytes = num_bytes
+
+    def advance(self) -> None:
+        """Start the second of two stages, at the same place in the order of collectives on every rank; waits for the
+        first. Does nothing where there is one stage.
+        """
+
+    def wait(self) -> None:
+        """Wait until the sum is in the buffer.
+
+        Raises:
+            ConsensusError: another rank is gone, or the process group's timeout has passed.
+        """
+
+
 class Consensus(ABC):
     """Sums or gathers what the ranks hold. The only place from which a training iteration communicates."""
 
     num_ranks: int = 1
     rank: int = 0
+
+    def start_sum(self, buffer: MessageBuffer) -> Sum:
+        """Begin to sum a message over all ranks, in place; every rank must call it in the same order."""
+        return Sum(buffer)
 
     @abstractmethod
     def sum_(self, buffer: Tensor) -> None:
@@ -104,10 +144,12 @@ class AllReduce(Consensus):
         Raises:
             ConsensusError: naming collective and rank when another rank is gone or the group's timeout has passed.
         """
-        try:
+        with self.explained("all-reduce", buffer):
             dist.all_reduce(buffer, group=self.process_group)
-        except RuntimeError as error:
-            raise self._failed("all-reduce", buffer, error) from error
+
+    def start_sum(self, buffer: MessageBuffer) -> Sum:
+        """Begin one all-reduce of the whole buffer."""
+        return _AllReduceSum(self, buffer)
 
     def gather(self, buffer: Tensor) -> Tensor:
         """All-gather over the ranks of the process group.
@@ -116,17 +158,33 @@ class AllReduce(Consensus):
             ConsensusError: as in `sum_`.
         """
         gathered = buffer.new_empty((self.num_ranks, *buffer.shape))
-        try:
+        with self.explained("all-gather", buffer):
             dist.all_gather(list(gathered.unbind()), buffer, group=self.process_group)
-        except RuntimeError as error:
-            raise self._failed("all-gather", buffer, error) from error
         return gathered
 
-    def _failed(self, collective: str, buffer: Tensor, error: RuntimeError) -> ConsensusError:
-        return ConsensusError(
-            f"the consensus {collective} of {buffer.numel()} numbers failed on rank {self.rank} of "
-            f"{self.num_ranks}: another rank has stopped, does not answer, or makes another number of steps ({error})"
-        )
+    @contextmanager
+    def explained(self, collective: str, buffer: Tensor) -> Iterator[None]:
+        """Turn the library's errors about a collective into a ConsensusError that names it and this rank."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise ConsensusError(
+                f"the consensus {collective} of {buffer.numel()} numbers failed on rank {self.rank} of "
+                f"{self.num_ranks}: another rank has stopped, does not answer, or makes another number of steps "
+                f"({error})"
+            ) from error
+
+
+class _AllReduceSum(Sum):
+    def __init__(self, consensus: AllReduce, buffer: MessageBuffer) -> None:
+        super().__init__(buffer, num_bytes=buffer.num_bytes)
+        self._consensus = consensus
+        with consensus.explained("all-reduce", buffer.flat):
+            self._work = dist.all_reduce(buffer.flat, group=consensus.process_group, async_op=True)
+
+    def wait(self) -> None:
+        with self._consensus.explained("all-reduce", self.buffer.flat):
+            self._work.wait()
 
 
 def make_consensus(process_group: dist.ProcessGroup | None = None) -> Consensus:

@@ -27,11 +27,49 @@ class Fault:
         filled = [g for g in gradients if g.numel()]
         if not filled:
             return None
-        norms = torch._foreach_norm(filled, ord=float("inf"))
-        if bool(torch.stack([norm.isfinite() for norm in norms]).all()):
+        if bool(torch.stack([norm.isfinite() for norm in largest(filled)]).all()):
             return None
         parameter = next(i for i, g in enumerate(gradients) if not bool(g.isfinite().all()))
         return Fault(worker, parameter)
+
+
+def largest(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """A scalar of each tensor that is finite exactly where all its numbers are; none of them may be empty."""
+    if tensors[0].device.type != "cpu":
+        return torch._foreach_norm(list(tensors), ord=float("inf"))
+    # On the CPU the largest magnitude takes 20 times as long as the Euclidean norm, whose square may overflow; the two
+    # extremes lie between.
+    norms = torch._foreach_norm(list(tensors))
+    if bool(torch.stack([norm.isfinite() for norm in norms]).all()):
+        return norms
+    return [torch.stack(tensor.aminmax()).abs_().amax() for tensor in tensors]
+
+
+def first_bad(gradients: Sequence[Tensor], positions: Sequence[int]) -> Tensor:
+    """Lowest position of a gradient with a NaN or infinity, +inf where there is none; does not wait for the device.
+
+    Args:
+        gradients: some of a worker's gradients.
+        positions: number of each parameter in message order.
+
+    Returns:
+        A float64 scalar on the gradients' device.
+    """
+    filled = [(g, position) for g, position in zip(gradients, positions, strict=True) if g.numel()]
+    device = gradients[0].device
+    none = torch.tensor(math.inf, dtype=torch.float64, device=device)
+    if not filled:
+        return none
+    norms = torch.stack([norm.double() for norm in largest([g for g, _ in filled])])
+    numbers = torch.tensor([position for _, position in filled], dtype=torch.float64).to(device)
+    return torch.where(norms.isfinite(), none, numbers).amin()
+
+
+def fault_tensor(found: Sequence[Tensor], *, worker: int) -> Tensor:
+    """`fault_scalars` of what `first_bad` found, float64 [3] on the device, without waiting for it."""
+    first = torch.stack(list(found)).amin()
+    is_bad = first.isfinite()
+    return torch.stack([is_bad.double(), is_bad * float(worker), torch.where(is_bad, first, 0.0)])
 
 
 def fault_scalars(fault: Fault | None) -> list[float]:
@@ -66,7 +104,7 @@ def describe_overflow(total: Tensor, loss: float) -> str | None:
     """
     if not math.isfinite(loss):
         return f"the training loss is {loss} although every gradient is finite"
-    if not bool(torch.linalg.vector_norm(total, ord=float("inf")).isfinite()):
+    if not bool(largest([total])[0].isfinite()):
         return f"the sum of the workers' messages overflowed {_name(total.dtype)} although every gradient is finite"
     return None
 

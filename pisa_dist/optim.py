@@ -3,10 +3,13 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from pisa_dist.admm.preconditioners import Identity, NewtonSchulz, Preconditioner, SecondMoment
-from pisa_dist.optim_base import ADMMOptimizer, ParamGroup
+from pisa_dist.communication import Communication
+from pisa_dist.local import ParamGroup
+from pisa_dist.optim_base import ADMMOptimizer
 
 
 class PISA(ADMMOptimizer):
@@ -34,6 +37,15 @@ class PISA(ADMMOptimizer):
         process_group: the ranks that are workers; None is the default group, or one worker where there is none.
         on_nonfinite: what a NaN or infinite gradient on any rank does, on every rank: "raise" FloatingPointError,
             or "skip" the step. Weights and state stay as they were either way.
+        overlap: send messages while the backward pass is still running, in several buckets; the same numbers. Between
+            backward() and step() gradients and settings must then stay as they are (no clipping), and all backward
+            passes of a step but the last belong into `with optimizer.accumulate():`.
+        bucket_mb: with overlap, a bucket goes once it holds so many MiB of messages, > 0.
+        compression: "bf16" or "int8" messages (half or a quarter of the bytes) with error feedback; None sends them as
+            they are. One more tensor of state per parameter, what compression has left out so far.
+        grad_scaler: with overlap under AMP, the GradScaler, whose scale is in the gradients.
+        fused: make one kernel of SISA's step with torch.compile, which takes seconds at the first step and a C++
+            compiler (CPU) or Triton (CUDA). None: on CUDA where Triton is installed, not on the CPU.
 
     Raises:
         ValueError: a setting out of range, or ranks whose parameters differ in shape, type or number.
@@ -53,6 +65,11 @@ class PISA(ADMMOptimizer):
         worker_weight: float | None = None,
         process_group: dist.ProcessGroup | None = None,
         on_nonfinite: str = "raise",
+        overlap: bool = False,
+        bucket_mb: float = 25.0,
+        compression: str | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        fused: bool | None = None,
     ) -> None:
         self._preconditioner = preconditioner or Identity()
         defaults = {
@@ -63,9 +80,10 @@ class PISA(ADMMOptimizer):
             "penalty_growth_interval": penalty_growth_interval,
             "lr": lr,
         }
-        super().__init__(
-            params, defaults, worker_weight=worker_weight, process_group=process_group, on_nonfinite=on_nonfinite
+        communication = Communication(
+            worker_weight, process_group, on_nonfinite, overlap, bucket_mb, compression, grad_scaler, fused
         )
+        super().__init__(params, defaults, communication)
 
     def _group_preconditioner(self, group: ParamGroup) -> Preconditioner:
         return self._preconditioner
@@ -104,6 +122,11 @@ class SISA(ADMMOptimizer):
         worker_weight: float | None = None,
         process_group: dist.ProcessGroup | None = None,
         on_nonfinite: str = "raise",
+        overlap: bool = False,
+        bucket_mb: float = 25.0,
+        compression: str | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        fused: bool | None = None,
     ) -> None:
         defaults = {
             "penalty": penalty,
@@ -117,9 +140,10 @@ class SISA(ADMMOptimizer):
             "penalty_growth_interval": penalty_growth_interval,
             "lr": lr,
         }
-        super().__init__(
-            params, defaults, worker_weight=worker_weight, process_group=process_group, on_nonfinite=on_nonfinite
+        communication = Communication(
+            worker_weight, process_group, on_nonfinite, overlap, bucket_mb, compression, grad_scaler, fused
         )
+        super().__init__(params, defaults, communication)
 
     def _group_preconditioner(self, group: ParamGroup) -> Preconditioner:
         return SecondMoment(
@@ -168,6 +192,11 @@ class NSISA(ADMMOptimizer):
         worker_weight: float | None = None,
         process_group: dist.ProcessGroup | None = None,
         on_nonfinite: str = "raise",
+        overlap: bool = False,
+        bucket_mb: float = 25.0,
+        compression: str | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        fused: bool | None = None,
     ) -> None:
         if isinstance(sisa_parameters, str):
             raise ValueError(
@@ -189,9 +218,10 @@ class NSISA(ADMMOptimizer):
             "penalty_growth_interval": penalty_growth_interval,
             "lr": lr,
         }
-        super().__init__(
-            params, defaults, worker_weight=worker_weight, process_group=process_group, on_nonfinite=on_nonfinite
+        communication = Communication(
+            worker_weight, process_group, on_nonfinite, overlap, bucket_mb, compression, grad_scaler, fused
         )
+        super().__init__(params, defaults, communication)
         names = [name for group in self.param_groups for name in group.get("param_names", [])]
         NewtonSchulz(sisa_parameters=sisa_parameters).check_patterns(names)
 

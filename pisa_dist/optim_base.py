@@ -1,7 +1,11 @@
 """What PISA, SISA and NSISA have in common: the step, the refusal of bad gradients, the state."""
 
+import math
+import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -9,59 +13,76 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pisa_dist.admm.penalty import divided_by_lr, grown_penalty
 from pisa_dist.admm.preconditioners import Preconditioner
-from pisa_dist.admm.updates import consensus_update, state_dtype
-from pisa_dist.admm.worker import WorkerStep, worker_step
-from pisa_dist.checks import check_choice, check_ranges
-from pisa_dist.consensus import make_consensus
+from pisa_dist.admm.updates import state_dtype
+from pisa_dist.checks import check_ranges
+from pisa_dist.communication import Communication
+from pisa_dist.consensus import MessageBuffer
 from pisa_dist.distributed import broadcast_, require_same
-from pisa_dist.faults import NUM_FAULT_SCALARS, ON_NONFINITE, Fault, describe_faults, fault_scalars
+from pisa_dist.faults import NUM_FAULT_SCALARS, Fault, describe_faults, fault_tensor, first_bad
+from pisa_dist.local import (
+    RESIDUAL,
+    ParamGroup,
+    Slot,
+    group_settings,
+    local_gradient,
+    send_local_step,
+    settle,
+    step_alone,
+)
+from pisa_dist.overlap import Flight, Sent, Used, make_buckets
 
-ParamGroup = dict[str, Any]
 
+class Plan(NamedTuple):
+    """What an iteration sends: slots in message order, and positions of the slots in each bucket."""
 
-class Slot(NamedTuple):
-    """One trainable parameter, in message order."""
-
-    parameter: Tensor
-    name: str
-    group: int
-    preconditioner: Preconditioner
+    slots: list[Slot]
+    buckets: list[list[int]]
 
 
 class ADMMOptimizer(torch.optim.Optimizer):
-    """One worker per rank and one all-reduce per step; a subclass says which preconditioner a group has.
+    """One worker per rank and one sum per step; a subclass says which preconditioner a group has.
 
     Args:
         params: parameters, named parameters or parameter groups.
         defaults: settings of a parameter group that does not give its own.
-        worker_weight, process_group, on_nonfinite: as in `pisa_dist.PISA`.
+        communication: how this worker talks to the others.
+
+    Attributes:
+        bytes_sent: bytes that this rank has put on the wire so far, before the collective's own factor.
     """
 
     # GradScaler then hands over its scale and whether *this* rank overflowed and always calls `step`. Without this,
     # one rank would skip the step and leave the others waiting in the all-reduce.
     _step_supports_amp_scaling = True
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        defaults: dict[str, Any],
-        *,
-        worker_weight: float | None,
-        process_group: dist.ProcessGroup | None,
-        on_nonfinite: str,
-    ) -> None:
-        check_choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
-        check_ranges({"worker_weight": worker_weight}, optional=("worker_weight",))
-        self.worker_weight = worker_weight
-        self.on_nonfinite = on_nonfinite
-        self._process_group = process_group
-        self._consensus = make_consensus(process_group)
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], communication: Communication) -> None:
+        self._communication = communication
+        self._connect()
         self._is_built = False
         super().__init__(params, {**defaults, "num_steps": 0})
         self._is_built = True
         self._agree(self.param_groups)
+        self._refresh_plan()
+
+    def _connect(self) -> None:
+        """Everything that depends on the process group and cannot be copied."""
+        self._consensus = self._communication.consensus()
+        self._plan = Plan([], [])
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._flight: Flight | None = None
+        self._is_accumulating = False
+        self.bytes_sent = 0
+
+    @property
+    def worker_weight(self) -> float | None:
+        """alpha_i of this worker before normalisation; None where all count alike."""
+        return self._communication.worker_weight
+
+    @property
+    def on_nonfinite(self) -> str:
+        """What a NaN or infinite gradient does: "raise" or "skip"."""
+        return self._communication.on_nonfinite
 
     @abstractmethod
     def _group_preconditioner(self, group: ParamGroup) -> Preconditioner:
@@ -86,6 +107,7 @@ class ADMMOptimizer(torch.optim.Optimizer):
                 )
         if self._is_built:
             self._agree([group])
+            self._refresh_plan()
 
     def _agree(self, groups: list[ParamGroup]) -> None:
         """Refuse ranks whose models differ; give all of them rank 0's weights, as DistributedDataParallel does."""
@@ -100,8 +122,8 @@ class ADMMOptimizer(torch.optim.Optimizer):
                 f"a parameter of shape {tuple(p.shape)}, {p.dtype}, requires_grad={p.requires_grad}"
                 for p in group["params"]
             ]
-        require_same(description, group=self._process_group, device=parameters[0].device)
-        broadcast_(parameters, group=self._process_group)
+        require_same(description, group=self._communication.process_group, device=parameters[0].device)
+        broadcast_(parameters, group=self._communication.process_group)
 
     def _slots(self) -> list[Slot]:
         slots: list[Slot] = []
@@ -111,12 +133,65 @@ class ADMMOptimizer(torch.optim.Optimizer):
             for parameter, name in zip(group["params"], names, strict=True):
                 if parameter.requires_grad:
                     label = name or f"parameter {len(slots)} of shape {tuple(parameter.shape)}"
-                    slots.append(Slot(parameter, label, index, rule.for_parameter(name, parameter.shape)))
+                    own_rule = rule.for_parameter(name, parameter.shape)
+                    slots.append(Slot(parameter, label, index, own_rule, self._communication.is_compiled(parameter)))
         return slots
+
+    def _refresh_plan(self) -> None:
+        """Which parameters train, in which buckets; hooks on them where messages are to overlap the backward pass."""
+        slots = self._slots()
+        parameters = [slot.parameter for slot in slots]
+        before = [slot.parameter for slot in self._plan.slots]
+        if len(before) == len(parameters) and all(a is b for a, b in zip(before, parameters, strict=True)):
+            self._plan = self._plan._replace(slots=slots)
+            return
+        overlap = self._communication.overlap
+        sizes = [p.numel() * state_dtype(p.dtype).itemsize for p in parameters]
+        self._plan = Plan(
+            slots, make_buckets(sizes, bucket_bytes=self._communication.bucket_mb * 2**20 if overlap else None)
+        )
+        for hook in self._hooks:
+            hook.remove()
+        this = weakref.ref(self)  # hooks must not keep a dropped optimizer alive, nor go on for it
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                lambda _, at=position: _arrived(this, at)
+            )
+            for position, parameter in enumerate(parameters if overlap else ())
+        ]
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Backward passes in this context only add to the gradients; with overlap=True nothing is sent.
+
+        Put all backward passes of a step but the last into it. Without overlap it changes nothing.
+        """
+        before, self._is_accumulating = self._is_accumulating, True
+        try:
+            yield
+        finally:
+            self._is_accumulating = before
+
+    @torch.no_grad()
+    def _gradient_arrived(self, position: int) -> None:
+        if self._is_accumulating:
+            return
+        if self._flight is None:
+            self._begin()
+        if self._flight is not None:
+            self._flight.arrive(position)
+
+    def _begin(self) -> None:
+        """Start an iteration: from here on its settings and its order of messages are fixed."""
+        self._require_world()
+        self._refresh_plan()
+        self._settings = [group_settings(group) for group in self.param_groups]
+        self._found: list[Tensor] = []
+        self._flight = Flight(self._plan.buckets, self._send) if self._plan.slots else None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One PISA iteration: local step, one all-reduce, consensus weights written to the parameters.
+        """One PISA iteration: local step, one sum over the ranks, consensus weights written to the parameters.
 
         Args:
             closure: recomputes the loss and its gradients and returns the loss; optional.
@@ -128,125 +203,158 @@ class ADMMOptimizer(torch.optim.Optimizer):
             FloatingPointError: a gradient on any rank was NaN or infinite and `on_nonfinite` is "raise". Raised on
                 every rank; weights and state are as before the step.
             ConsensusError: another rank is gone.
+            RuntimeError: with overlap, gradients or settings changed after their messages went.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._require_world()
-        slots = self._slots()
-        if not slots:
+        is_early = self._flight is not None
+        if not is_early:
+            self._begin()
+        flight, self._flight = self._flight, None
+        if flight is None:
             return loss
-        gradients = [self._gradient(slot) for slot in slots]
-        overflow = getattr(self, "found_inf", None)
-        has_overflow = overflow is not None and bool(overflow)
-        fault = None if has_overflow else Fault.find(gradients, worker=self._consensus.rank)
-        refused = has_overflow or fault is not None
-
-        settings = [self._group_settings(group) for group in self.param_groups]
-        weight = self.worker_weight or 1.0
-        if refused:
-            steps = []
-            messages = [torch.zeros_like(gradient) for gradient in gradients]
-        else:
-            steps = [
-                self._worker_step(slot, gradient, weight=weight, **settings[slot.group])
-                for slot, gradient in zip(slots, gradients, strict=True)
-            ]
-            messages = [step.message for step in steps]
-        scalars = [*fault_scalars(fault), float(has_overflow), weight]
-        scalars += [weight * group["penalty"] for group in settings]
-        total = self._consensus.sum_message(messages, scalars)
-        sums = total.scalars.tolist()
-        self._refuse_or_commit(slots, fault, steps, total.tensors, sums)
+        if self._consensus.num_ranks == 1 and not is_early:
+            self._step_alone()
+            return loss
+        sent = flight.land()
+        if is_early:
+            self._require_unchanged()
+        sums = sent[-1].buffer.scalars.tolist()
+        self.bytes_sent += sum(bucket.total.num_bytes for bucket in sent)
+        num_overflows, weight_sum, *penalty_sums = sums[NUM_FAULT_SCALARS:]
+        if sums[0]:
+            self._refuse(sums)
+        elif num_overflows == 0:
+            self._commit(flight.buckets, sent, weight_sum, penalty_sums)
         return loss
 
-    def _refuse_or_commit(
-        self,
-        slots: list[Slot],
-        fault: Fault | None,
-        steps: list[WorkerStep],
-        message_sums: list[Tensor],
-        sums: list[float],
-    ) -> None:
-        problem = describe_faults(sums, fault, [slot.name for slot in slots])
-        num_overflows, weight_sum, *penalty_sums = sums[NUM_FAULT_SCALARS:]
-        if problem is not None and self.on_nonfinite == "raise":
-            raise FloatingPointError(f"{problem}: step refused, weights and state are unchanged")
-        if problem is not None or num_overflows > 0:
+    def _refuse(self, fault_sums: Sequence[float]) -> None:
+        """Say whose gradient was not finite, unless that only means a step that is skipped."""
+        if self.on_nonfinite == "skip" or self._communication.grad_scaler is not None:
             return
-        for slot, step, message_sum in zip(slots, steps, message_sums, strict=True):
-            parameter = slot.parameter
-            parameter.copy_(
-                consensus_update(
-                    parameter.to(message_sum.dtype),
-                    message_sum / weight_sum,
+        first = min([float(found) for found in self._found], default=math.inf)
+        own = Fault(self._consensus.rank, int(first)) if first < math.inf else None
+        problem = describe_faults(fault_sums, own, [slot.name for slot in self._plan.slots])
+        raise FloatingPointError(f"{problem}: step refused, weights and state are unchanged")
+
+    def _require_unchanged(self) -> None:
+        """With overlap the messages have gone: what is set now must be what they were made with."""
+        if self._settings != [group_settings(group) for group in self.param_groups]:
+            raise RuntimeError(
+                "penalty, preconditioner_scale or lr was changed between backward() and step(), after overlap=True had "
+                "sent the messages: change them after step()"
+            )
+        if getattr(self, "grad_scale", None) is not None and self._communication.grad_scaler is None:
+            raise RuntimeError("overlap=True needs to know the GradScaler: pass grad_scaler=scaler to the optimizer")
+
+    def _send(self, number: int) -> Sent:
+        """Local step of the parameters in one bucket, and their messages on their way."""
+        bucket = self._plan.buckets[number]
+        slots = [self._plan.slots[position] for position in bucket]
+        scale = self._scale()
+        gradients = [local_gradient(slot.parameter, scale) for slot in slots]
+        if getattr(self, "found_inf", None) is None:  # otherwise a GradScaler has looked
+            self._found.append(first_bad(gradients, bucket))
+        weight = self.worker_weight or 1.0
+        is_last = number == len(self._plan.buckets) - 1
+        scalars = self._scalars() if is_last else []
+        buffer = MessageBuffer(
+            [slot.parameter.shape for slot in slots],
+            len(scalars) and len(scalars) + NUM_FAULT_SCALARS,
+            dtype=_widest(gradients),
+            device=gradients[0].device,
+        )
+        outcomes = [
+            send_local_step(slot, self._state(slot, gradient), gradient, self._settings[slot.group], weight, message)
+            for slot, gradient, message in zip(slots, gradients, buffer.tensors, strict=True)
+        ]
+        if self._communication.compression is not None:
+            for slot, message in zip(slots, buffer.tensors, strict=True):
+                if RESIDUAL in self.state[slot.parameter]:
+                    message += self.state[slot.parameter][RESIDUAL]
+        if is_last:
+            buffer.scalars[:NUM_FAULT_SCALARS] = (
+                fault_tensor(self._found, worker=self._consensus.rank) if self._found else 0
+            )
+            buffer.scalars[NUM_FAULT_SCALARS:] = torch.tensor(scalars, dtype=buffer.flat.dtype)
+        return Sent(outcomes, self._consensus.start_sum(buffer), [Used.now(slot.parameter) for slot in slots])
+
+    def _scale(self) -> Tensor | None:
+        """The factor by which a GradScaler has multiplied the gradients; None where there is none."""
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        return self._communication.grad_scale(self._plan.slots[0].parameter.device) if scale is None else scale
+
+    def _scalars(self) -> list[float]:
+        """What rides along besides faults: overflow found by a GradScaler, alpha_i, alpha_i sigma_i of each group."""
+        overflow = getattr(self, "found_inf", None)
+        weight = self.worker_weight or 1.0
+        has_overflow = overflow is not None and bool(overflow)
+        return [float(has_overflow), weight, *(weight * group.penalty for group in self._settings)]
+
+    def _state(self, slot: Slot, gradient: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[slot.parameter]
+        if "dual" not in state:
+            dual = torch.zeros_like(gradient)
+            state.update(dual=dual, **slot.preconditioner.init_state(dual))
+        return state
+
+    def _commit(
+        self, buckets: Sequence[Sequence[int]], sent: Sequence[Sent], weight_sum: float, penalty_sums: Sequence[float]
+    ) -> None:
+        scale = self._scale()
+        for bucket, arrived in zip(buckets, sent, strict=True):
+            slots = [self._plan.slots[position] for position in bucket]
+            for slot, outcome, message_sum in zip(slots, arrived.outcomes, arrived.buffer.tensors, strict=True):
+                settle(
+                    slot,
+                    self.state[slot.parameter],
+                    local_gradient(slot.parameter, scale),
+                    self._settings[slot.group],
+                    outcome,
+                    message_sum,
+                    weight_sum=weight_sum,
                     penalty_sum=penalty_sums[slot.group] / weight_sum,
                     consensus_l2=self.param_groups[slot.group]["consensus_l2"],
                 )
-            )
-            self.state[parameter].update(dual=step.dual, **step.preconditioner_state)
+            if arrived.total.residual is not None:
+                pieces = torch.split(arrived.total.residual, [slot.parameter.numel() for slot in slots])
+                for slot, piece in zip(slots, pieces, strict=True):
+                    self.state[slot.parameter][RESIDUAL] = piece.view(slot.parameter.shape)
+        self._count()
+
+    def _count(self) -> None:
         for group in self.param_groups:
             group["num_steps"] += 1
 
+    def _step_alone(self) -> None:
+        """The step where this worker is the only one: nothing to send, and no rank that could still refuse it."""
+        slots = self._plan.slots
+        scale = self._scale()
+        gradients = [local_gradient(slot.parameter, scale) for slot in slots]
+        overflow = getattr(self, "found_inf", None)
+        if overflow is not None and bool(overflow):
+            return
+        self._found = [first_bad(gradients, range(len(slots)))]
+        faults = fault_tensor(self._found, worker=0).tolist()
+        if faults[0]:
+            self._refuse(faults)
+            return
+        for slot, gradient in zip(slots, gradients, strict=True):
+            state = self._state(slot, gradient)
+            consensus_l2 = self.param_groups[slot.group]["consensus_l2"]
+            step_alone(slot, state, gradient, self._settings[slot.group], consensus_l2)
+        self._count()
+
     def _require_world(self) -> None:
         """The process group must not appear or vanish after construction: ranks would silently train apart."""
-        if self._consensus.num_ranks == 1 and self._process_group is None:
+        if self._consensus.num_ranks == 1 and self._communication.process_group is None:
             initialised = dist.is_available() and dist.is_initialized()
             if initialised and dist.get_world_size() > 1:
                 raise RuntimeError(
                     f"{type(self).__name__} was built before torch.distributed.init_process_group: build it after"
                 )
-
-    def _gradient(self, slot: Slot) -> Tensor:
-        """The local gradient in the state's type, unscaled if a GradScaler has scaled it; zero where there is none."""
-        parameter = slot.parameter
-        if parameter.grad is None:
-            return torch.zeros_like(parameter, dtype=state_dtype(parameter.dtype))
-        # Duals and messages are dense, so a sparse gradient saves nothing here.
-        gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
-        gradient = gradient.to(state_dtype(parameter.dtype))
-        scale = getattr(self, "grad_scale", None)
-        return gradient if scale is None else gradient / scale.to(gradient.device)
-
-    @staticmethod
-    def _group_settings(group: ParamGroup) -> dict[str, float]:
-        """sigma_i, rho_i and t of the coming step in one parameter group."""
-        step, lr = group["num_steps"] + 1, float(group["lr"])
-        penalty = grown_penalty(
-            group["penalty"],
-            step=step,
-            growth=group["penalty_growth"],
-            interval=group["penalty_growth_interval"],
-        )
-        scale = divided_by_lr(group["preconditioner_scale"], lr)
-        return {"penalty": divided_by_lr(penalty, lr), "preconditioner_scale": scale, "step": step}
-
-    def _worker_step(
-        self,
-        slot: Slot,
-        gradient: Tensor,
-        *,
-        weight: float,
-        penalty: float,
-        preconditioner_scale: float,
-        step: float,
-    ) -> WorkerStep:
-        state = self.state[slot.parameter]
-        if "dual" not in state:
-            dual = torch.zeros_like(gradient)
-            state.update(dual=dual, **slot.preconditioner.init_state(dual))
-        return worker_step(
-            state["dual"],
-            {name: value for name, value in state.items() if name != "dual"},
-            gradient,
-            preconditioner=slot.preconditioner,
-            penalty=penalty,
-            preconditioner_scale=preconditioner_scale,
-            worker_weight=weight,
-            step=step,
-            shape=slot.parameter.shape,
-        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore duals, preconditioner state and settings; bf16 parameters keep their float32 state."""
@@ -261,13 +369,27 @@ class ADMMOptimizer(torch.optim.Optimizer):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the process group, which cannot be copied; a copy finds its group again."""
-        kept = ("worker_weight", "on_nonfinite", "_is_built", "_preconditioner")
-        return {**super().__getstate__(), **{k: v for k, v in vars(self).items() if k in kept}}
+        """Everything but the process group and the hooks, which cannot be copied; a copy finds the default group."""
+        kept = ("_is_built", "_preconditioner")
+        communication = replace(self._communication, process_group=None, grad_scaler=None)
+        mine = {key: value for key, value in vars(self).items() if key in kept}
+        return {**super().__getstate__(), **mine, "_communication": communication}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # `load_state_dict` comes here too, with an optimizer that has its group; only a copy has none yet.
         if "_consensus" not in vars(self):
-            self._process_group = None
-            self._consensus = make_consensus(None)
+            self._connect()
+
+
+def _arrived(optimizer: "weakref.ref[ADMMOptimizer]", position: int) -> None:
+    this = optimizer()
+    if this is not None:
+        this._gradient_arrived(position)
+
+
+def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype

@@ -20,6 +20,8 @@ LAYERS = (
     ("checks",),
     ("admm",),
     ("consensus", "distributed", "faults", "robust"),
+    ("compression", "local"),
+    ("communication", "overlap"),
     ("optim_base",),
     ("optim",),
     ("",),  # pisa_dist itself, which offers the optimizers
@@ -39,8 +41,8 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # The optimizer a user drops into a loop stands beside the trainer's stack: neither is built on the other.
-BESIDE = {"optim", "optim_base"}
-OFFERS_THEM = {"", "optim", "optim_base"}
+BESIDE = {"optim", "optim_base", "overlap", "local", "communication"}
+OFFERS_THEM = {"", "optim", "optim_base", "overlap"}
 
 NEVER_AT_START = ("torchvision", "wandb", "tensorboard", "transformers", "timm", "matplotlib", "sklearn", "scipy")
 

@@ -71,7 +71,12 @@ def worker_message(dual: Tensor, displacement: Tensor, *, penalty: Scalar, worke
 
 
 def consensus_update(
-    consensus_weights: Tensor, message_sum: Tensor, *, penalty_sum: Scalar, consensus_l2: Scalar = 0.0
+    consensus_weights: Tensor,
+    message_sum: Tensor,
+    *,
+    penalty_sum: Scalar,
+    consensus_l2: Scalar = 0.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Next consensus weights.
 
@@ -84,5 +89,11 @@ def consensus_update(
         message_sum: sum_i msg_i over all workers, same shape.
         penalty_sum: sum_i alpha_i sigma_i > 0, gradient per weight.
         consensus_l2: lambda >= 0, gradient per weight.
+        out: where to write the result, such as `consensus_weights` itself; None for a new tensor.
     """
-    return consensus_weights + (message_sum - consensus_l2 * consensus_weights) / (penalty_sum + consensus_l2)
+    total = penalty_sum + consensus_l2
+    if isinstance(consensus_l2, Tensor) or consensus_l2:
+        message_sum = message_sum - consensus_l2 * consensus_weights
+    if isinstance(total, Tensor):
+        return torch.add(consensus_weights, message_sum / total, out=out)
+    return torch.add(consensus_weights, message_sum, alpha=1 / total, out=out)

@@ -1,0 +1,53 @@
+"""How the worker behind a drop-in optimizer talks to the others."""
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pisa_dist.checks import check_choice, check_ranges
+from pisa_dist.compression import CODECS, CompressedSums
+from pisa_dist.consensus import Consensus, make_consensus
+from pisa_dist.faults import ON_NONFINITE
+
+COMPRESSIONS = (None, *CODECS)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+@dataclass(frozen=True)
+class Communication:
+    """Settings of one optimizer on one rank; the fields are arguments of `pisa_dist.PISA`, which explains them."""
+
+    worker_weight: float | None = None
+    process_group: dist.ProcessGroup | None = None
+    on_nonfinite: str = "raise"
+    overlap: bool = False
+    bucket_mb: float = 25.0
+    compression: str | None = None
+    grad_scaler: torch.amp.GradScaler | None = None
+    fused: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        check_choice("compression", self.compression, COMPRESSIONS)
+        check_ranges({"worker_weight": self.worker_weight, "bucket_mb": self.bucket_mb}, optional=("worker_weight",))
+
+    def consensus(self) -> Consensus:
+        """What sums the messages."""
+        consensus = make_consensus(self.process_group)
+        if self.compression is None or consensus.num_ranks == 1:
+            return consensus
+        return CompressedSums(CODECS[self.compression], self.process_group)
+
+    def is_compiled(self, parameter: Tensor) -> bool:
+        """Whether a parameter's step goes through torch.compile."""
+        return parameter.is_cuda and _HAS_TRITON if self.fused is None else self.fused
+
+    def grad_scale(self, device: torch.device) -> Tensor | None:
+        """The scale that the GradScaler puts on losses now, without waiting for the device; None without one."""
+        if self.grad_scaler is None or not self.grad_scaler.is_enabled():
+            return None
+        scale: Tensor = self.grad_scaler.scale(torch.ones((), device=device))
+        return scale

@@ -1,0 +1,193 @@
+"""One worker's step for one parameter, as the drop-in optimizers take it, without a collective."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pisa_dist.admm.fused import (
+    StepSettings,
+    can_fuse,
+    second_moment_commit_,
+    second_moment_message,
+    second_moment_step_,
+)
+from pisa_dist.admm.penalty import divided_by_lr, grown_penalty
+from pisa_dist.admm.preconditioners import Preconditioner, SecondMoment
+from pisa_dist.admm.updates import consensus_update, state_dtype
+from pisa_dist.admm.worker import worker_step
+
+ParamGroup = dict[str, Any]
+RESIDUAL = "residual"  # state that no step reads: what compression has left out
+
+
+class Slot(NamedTuple):
+    """One trainable parameter, in message order."""
+
+    parameter: Tensor
+    name: str
+    group: int
+    preconditioner: Preconditioner
+    is_compiled: bool
+
+
+class Settings(NamedTuple):
+    """sigma_i, rho_i and t of a step in one parameter group."""
+
+    penalty: float
+    preconditioner_scale: float
+    step: int
+
+
+class Outcome(NamedTuple):
+    """What the local step of one parameter leads to, to be kept once every rank knows that the step stands."""
+
+    dual: Tensor
+    preconditioner_state: dict[str, Tensor]
+
+
+def group_settings(group: ParamGroup) -> Settings:
+    """What the coming step uses in one parameter group."""
+    step, lr = group["num_steps"] + 1, float(group["lr"])
+    penalty = grown_penalty(
+        group["penalty"], step=step, growth=group["penalty_growth"], interval=group["penalty_growth_interval"]
+    )
+    return Settings(divided_by_lr(penalty, lr), divided_by_lr(group["preconditioner_scale"], lr), step)
+
+
+def local_gradient(parameter: Tensor, scale: Tensor | None) -> Tensor:
+    """The local gradient in the state's type, without the factor `scale`; zero where there is none."""
+    if parameter.grad is None:
+        return torch.zeros_like(parameter, dtype=state_dtype(parameter.dtype))
+    # Duals and messages are dense, so a sparse gradient saves nothing here.
+    gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+    gradient = gradient.to(state_dtype(parameter.dtype))
+    return gradient if scale is None else gradient / scale.to(gradient.device)
+
+
+def send_local_step(
+    slot: Slot, state: dict[str, Tensor], gradient: Tensor, settings: Settings, worker_weight: float, message: Tensor
+) -> Outcome | None:
+    """One parameter's local step; writes its message and changes nothing else, so that it can still be refused.
+
+    Args:
+        slot: the parameter and its preconditioner.
+        state: dual and preconditioner state.
+        gradient: g_i in the state's type.
+        settings: of the step.
+        worker_weight: alpha_i > 0.
+        message: where alpha_i (pi_i + sigma_i u_i) goes.
+
+    Returns:
+        What `settle` is to keep; None where it costs less to compute it again.
+    """
+    fused = _fused(slot, state, gradient, settings, message)
+    if fused is not None:
+        second_moment_message(
+            state["dual"], state["second_moment"], gradient, fused, worker_weight=worker_weight, out=message
+        )
+        return None
+    step = worker_step(
+        state["dual"],
+        {name: value for name, value in state.items() if name not in ("dual", RESIDUAL)},
+        gradient,
+        preconditioner=slot.preconditioner,
+        **settings._asdict(),
+        worker_weight=worker_weight,
+        shape=slot.parameter.shape,
+    )
+    message.copy_(step.message)
+    return Outcome(step.dual, step.preconditioner_state)
+
+
+def settle(
+    slot: Slot,
+    state: dict[str, Tensor],
+    gradient: Tensor,
+    settings: Settings,
+    outcome: Outcome | None,
+    message_sum: Tensor,
+    *,
+    weight_sum: float,
+    penalty_sum: float,
+    consensus_l2: float,
+) -> None:
+    """The rest of one parameter's step, once it stands: dual, preconditioner state and consensus weights, in place.
+
+    Args:
+        slot, state, gradient, settings: as `send_local_step` had them.
+        outcome: what it returned.
+        message_sum: sum over all workers; may be overwritten.
+        weight_sum: sum of all alpha_i.
+        penalty_sum: sum of alpha_i sigma_i divided by `weight_sum`.
+        consensus_l2: lambda >= 0.
+    """
+    if outcome is not None:
+        move(slot.parameter, message_sum.div_(weight_sum), penalty_sum=penalty_sum, consensus_l2=consensus_l2)
+        state.update(dual=outcome.dual, **outcome.preconditioner_state)
+        return
+    fused = _fused(slot, state, gradient, settings, message_sum)
+    has_memory_order = slot.parameter.is_contiguous()
+    weights = slot.parameter if has_memory_order else slot.parameter.contiguous()
+    if fused is not None:
+        second_moment_commit_(
+            state["dual"],
+            state["second_moment"],
+            gradient,
+            weights,
+            message_sum,
+            fused,
+            weight_sum=weight_sum,
+            penalty_sum=penalty_sum,
+            consensus_l2=consensus_l2,
+        )
+    if not has_memory_order:
+        slot.parameter.copy_(weights)
+
+
+def step_alone(slot: Slot, state: dict[str, Tensor], gradient: Tensor, settings: Settings, consensus_l2: float) -> None:
+    """One parameter's whole iteration where this worker is the only one, in place."""
+    parameter = slot.parameter
+    fused = _fused(slot, state, gradient, settings)
+    if fused is not None and parameter.is_contiguous():
+        second_moment_step_(
+            state["dual"], state["second_moment"], gradient, parameter, fused, consensus_l2=consensus_l2
+        )
+        return
+    message = torch.empty_like(gradient)
+    outcome = send_local_step(slot, state, gradient, settings, 1.0, message)
+    settle(
+        slot,
+        state,
+        gradient,
+        settings,
+        outcome,
+        message,
+        weight_sum=1.0,
+        penalty_sum=settings.penalty,
+        consensus_l2=consensus_l2,
+    )
+
+
+def _fused(
+    slot: Slot, state: dict[str, Tensor], gradient: Tensor, settings: Settings, *others: Tensor
+) -> StepSettings | None:
+    """How the passes of `admm.fused` are to take this step; None where they do not apply."""
+    rule = slot.preconditioner
+    if not isinstance(rule, SecondMoment) or not can_fuse(state["dual"], state["second_moment"], gradient, *others):
+        return None
+    return StepSettings(rule, *settings, compiled=slot.is_compiled)
+
+
+def move(parameter: Tensor, message_sum: Tensor, *, penalty_sum: float, consensus_l2: float) -> None:
+    """The consensus step of one parameter, in place; both sums over workers whose weights sum to 1."""
+    has_state_type = parameter.dtype == message_sum.dtype
+    moved = consensus_update(
+        parameter if has_state_type else parameter.to(message_sum.dtype),
+        message_sum,
+        penalty_sum=penalty_sum,
+        consensus_l2=consensus_l2,
+        out=parameter if has_state_type else None,
+    )
+    if not has_state_type:
+        parameter.copy_(moved)
