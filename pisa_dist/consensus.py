@@ -13,6 +13,14 @@ class ConsensusError(RuntimeError):
     """A collective failed: a rank has stopped, or does not answer within the process group's timeout."""
 
 
+def widest(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The type that a message of these tensors has: the widest among theirs, float32 at least."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
 class MessageBuffer:
     """One flat buffer that holds a message: a tensor per parameter and a few scalars behind them.
 
@@ -105,9 +113,7 @@ class Consensus(ABC):
         Returns:
             The buffer with the sums, in the widest type among the tensors, float32 at least.
         """
-        dtype = torch.float32
-        for tensor in tensors:
-            dtype = torch.promote_types(dtype, tensor.dtype)
+        dtype = widest(tensors)
         buffer = MessageBuffer([t.shape for t in tensors], len(scalars), dtype=dtype, device=tensors[0].device)
         torch._foreach_copy_(buffer.tensors, list(tensors))
         buffer.scalars.copy_(torch.tensor(scalars, dtype=dtype))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pisa_dist.admm.updates import state_dtype
 from pisa_dist.algorithms.base import LocalResult, Round, State, Tensors
-from pisa_dist.consensus import Consensus, MessageBuffer
+from pisa_dist.consensus import Consensus, MessageBuffer, widest
 from pisa_dist.data.sampling import hosted_workers
 from pisa_dist.faults import Fault, describe_faults, describe_overflow, fault_scalars
 from pisa_dist.gradients import RoundGradients
@@ -92,7 +92,7 @@ class LocalRound:
                 change += factor * _difference(buffers[name], old).to(change.dtype)
             tensors.append(change)
         primal = work.result.primal_residual
-        tensors.append(torch.zeros_like(tensors[0].sum()) if primal is None else primal.to(_widest(tensors)))
+        tensors.append(torch.zeros_like(tensors[0].sum()) if primal is None else primal.to(widest(tensors)))
         return tensors
 
     def state(self) -> State:
@@ -198,7 +198,7 @@ class RobustExchange(Exchange):
         sizes = [t.numel() for t in template]
         # Ranks gather buffers of one size: those that host fewer senders pad.
         counts = [sum(worker in block for worker in senders) for block in self._blocks()]
-        own = template[0].new_zeros((max(counts), sum(sizes) + 1 + len(scalars)), dtype=_widest(template))
+        own = template[0].new_zeros((max(counts), sum(sizes) + 1 + len(scalars)), dtype=widest(template))
         self._fill(own, sizes, local, keeps_absent=bool(standing_names))
         own[0, -len(scalars) :] = torch.tensor(scalars, dtype=own.dtype)
         gathered = self.consensus.gather(own)
@@ -254,13 +254,6 @@ def exchanged_buffers(buffers: Tensors) -> Tensors:
 def _difference(new: Tensor, old: Tensor) -> Tensor:
     """new - old; zero where they are equal, infinities included (-inf - -inf would be NaN: a causal mask is one)."""
     return (new - old).masked_fill_(new == old, 0)
-
-
-def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
 
 
 def _outcome(local: LocalRound, total: MessageBuffer, scalars: Sequence[float], *, num_bytes: int) -> Exchanged:

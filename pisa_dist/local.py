@@ -1,5 +1,6 @@
 """One worker's step for one parameter, as the drop-in optimizers take it, without a collective."""
 
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from pisa_dist.admm.penalty import divided_by_lr, grown_penalty
 from pisa_dist.admm.preconditioners import Preconditioner, SecondMoment
 from pisa_dist.admm.updates import consensus_update, state_dtype
 from pisa_dist.admm.worker import worker_step
+from pisa_dist.sharding import local_part, rule_for
 
 ParamGroup = dict[str, Any]
 RESIDUAL = "residual"  # state that no step reads: what compression has left out
@@ -29,6 +31,11 @@ class Slot(NamedTuple):
     group: int
     preconditioner: Preconditioner
     is_compiled: bool
+
+    @property
+    def weights(self) -> Tensor:
+        """What of the parameter lies on this rank: all of it, unless it is sharded."""
+        return local_part(self.parameter)
 
 
 class Settings(NamedTuple):
@@ -46,6 +53,30 @@ class Outcome(NamedTuple):
     preconditioner_state: dict[str, Tensor]
 
 
+def group_slots(
+    group: ParamGroup, index: int, rule: Preconditioner, is_compiled: Callable[[Tensor], bool], *, first: int
+) -> list[Slot]:
+    """The trainable parameters of the `index`-th group, numbered from `first`."""
+    slots: list[Slot] = []
+    names = group.get("param_names") or [None] * len(group["params"])
+    for parameter, name in zip(group["params"], names, strict=True):
+        if parameter.requires_grad:
+            label = name or f"parameter {first + len(slots)} of shape {tuple(parameter.shape)}"
+            own = rule_for(rule.for_parameter(name, parameter.shape), parameter)
+            slots.append(Slot(parameter, label, index, own, is_compiled(parameter)))
+    return slots
+
+
+def describe_group(group: ParamGroup) -> list[str]:
+    """What all ranks must agree on in one parameter group, a line each."""
+    lines = [f"consensus_l2={group['consensus_l2']} in a parameter group"]
+    for p in group["params"]:
+        here = local_part(p)
+        part = "" if here is p else f", {tuple(here.shape)} of it on this rank"
+        lines.append(f"a parameter of shape {tuple(p.shape)}, {p.dtype}, requires_grad={p.requires_grad}{part}")
+    return lines
+
+
 def group_settings(group: ParamGroup) -> Settings:
     """What the coming step uses in one parameter group."""
     step, lr = group["num_steps"] + 1, float(group["lr"])
@@ -55,13 +86,19 @@ def group_settings(group: ParamGroup) -> Settings:
     return Settings(divided_by_lr(penalty, lr), divided_by_lr(group["preconditioner_scale"], lr), step)
 
 
+def count_step(groups: Iterable[ParamGroup]) -> None:
+    """One more step has been taken."""
+    for group in groups:
+        group["num_steps"] += 1
+
+
 def local_gradient(parameter: Tensor, scale: Tensor | None) -> Tensor:
     """The local gradient in the state's type, without the factor `scale`; zero where there is none."""
     if parameter.grad is None:
-        return torch.zeros_like(parameter, dtype=state_dtype(parameter.dtype))
+        return torch.zeros_like(local_part(parameter), dtype=state_dtype(parameter.dtype))
+    gradient = local_part(parameter.grad)
     # Duals and messages are dense, so a sparse gradient saves nothing here.
-    gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
-    gradient = gradient.to(state_dtype(parameter.dtype))
+    gradient = (gradient.to_dense() if gradient.is_sparse else gradient).to(state_dtype(parameter.dtype))
     return gradient if scale is None else gradient / scale.to(gradient.device)
 
 
@@ -123,12 +160,12 @@ def settle(
         consensus_l2: lambda >= 0.
     """
     if outcome is not None:
-        move(slot.parameter, message_sum.div_(weight_sum), penalty_sum=penalty_sum, consensus_l2=consensus_l2)
+        move(slot.weights, message_sum.div_(weight_sum), penalty_sum=penalty_sum, consensus_l2=consensus_l2)
         state.update(dual=outcome.dual, **outcome.preconditioner_state)
         return
     fused = _fused(slot, state, gradient, settings, message_sum)
-    has_memory_order = slot.parameter.is_contiguous()
-    weights = slot.parameter if has_memory_order else slot.parameter.contiguous()
+    own = slot.weights
+    weights = own.contiguous()  # itself, where its memory is in order
     if fused is not None:
         second_moment_commit_(
             state["dual"],
@@ -141,18 +178,16 @@ def settle(
             penalty_sum=penalty_sum,
             consensus_l2=consensus_l2,
         )
-    if not has_memory_order:
-        slot.parameter.copy_(weights)
+    if weights is not own:
+        own.copy_(weights)
 
 
 def step_alone(slot: Slot, state: dict[str, Tensor], gradient: Tensor, settings: Settings, consensus_l2: float) -> None:
     """One parameter's whole iteration where this worker is the only one, in place."""
-    parameter = slot.parameter
+    weights = slot.weights
     fused = _fused(slot, state, gradient, settings)
-    if fused is not None and parameter.is_contiguous():
-        second_moment_step_(
-            state["dual"], state["second_moment"], gradient, parameter, fused, consensus_l2=consensus_l2
-        )
+    if fused is not None and weights.is_contiguous():
+        second_moment_step_(state["dual"], state["second_moment"], gradient, weights, fused, consensus_l2=consensus_l2)
         return
     message = torch.empty_like(gradient)
     outcome = send_local_step(slot, state, gradient, settings, 1.0, message)

@@ -17,20 +17,24 @@ from pisa_dist.admm.preconditioners import Preconditioner
 from pisa_dist.admm.updates import state_dtype
 from pisa_dist.checks import check_ranges
 from pisa_dist.communication import Communication
-from pisa_dist.consensus import MessageBuffer
+from pisa_dist.consensus import MessageBuffer, widest
 from pisa_dist.distributed import broadcast_, require_same
 from pisa_dist.faults import NUM_FAULT_SCALARS, Fault, describe_faults, fault_tensor, first_bad
 from pisa_dist.local import (
     RESIDUAL,
     ParamGroup,
     Slot,
+    count_step,
+    describe_group,
     group_settings,
+    group_slots,
     local_gradient,
     send_local_step,
     settle,
     step_alone,
 )
 from pisa_dist.overlap import Flight, Sent, Used, make_buckets
+from pisa_dist.sharding import local_part, require_replicas, shard_group, sharded_like, sum_over
 
 
 class Plan(NamedTuple):
@@ -69,6 +73,7 @@ class ADMMOptimizer(torch.optim.Optimizer):
         """Everything that depends on the process group and cannot be copied."""
         self._consensus = self._communication.consensus()
         self._plan = Plan([], [])
+        self._shards: dist.ProcessGroup | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._flight: Flight | None = None
         self._is_accumulating = False
@@ -111,30 +116,23 @@ class ADMMOptimizer(torch.optim.Optimizer):
 
     def _agree(self, groups: list[ParamGroup]) -> None:
         """Refuse ranks whose models differ; give all of them rank 0's weights, as DistributedDataParallel does."""
+        parameters = [p for group in groups for p in group["params"]]
+        self._shards = shard_group(parameters)
+        require_replicas(self._communication.process_group, self._shards)
         if self._consensus.num_ranks == 1:
             return
-        parameters = [p for group in groups for p in group["params"]]
         weighting = "uniform weights" if self.worker_weight is None else "a worker_weight"
         description = [f"{type(self).__name__} with {len(groups)} parameter groups and {weighting}"]
-        for group in groups:
-            description.append(f"consensus_l2={group['consensus_l2']} in a parameter group")
-            description += [
-                f"a parameter of shape {tuple(p.shape)}, {p.dtype}, requires_grad={p.requires_grad}"
-                for p in group["params"]
-            ]
+        description += [line for group in groups for line in describe_group(group)]
         require_same(description, group=self._communication.process_group, device=parameters[0].device)
-        broadcast_(parameters, group=self._communication.process_group)
+        broadcast_([local_part(p).detach() for p in parameters], group=self._communication.process_group)
 
     def _slots(self) -> list[Slot]:
         slots: list[Slot] = []
         for index, group in enumerate(self.param_groups):
-            rule = self._group_preconditioner(group)
-            names = group.get("param_names") or [None] * len(group["params"])
-            for parameter, name in zip(group["params"], names, strict=True):
-                if parameter.requires_grad:
-                    label = name or f"parameter {len(slots)} of shape {tuple(parameter.shape)}"
-                    own_rule = rule.for_parameter(name, parameter.shape)
-                    slots.append(Slot(parameter, label, index, own_rule, self._communication.is_compiled(parameter)))
+            slots += group_slots(
+                group, index, self._group_preconditioner(group), self._communication.is_compiled, first=len(slots)
+            )
         return slots
 
     def _refresh_plan(self) -> None:
@@ -146,7 +144,7 @@ class ADMMOptimizer(torch.optim.Optimizer):
             self._plan = self._plan._replace(slots=slots)
             return
         overlap = self._communication.overlap
-        sizes = [p.numel() * state_dtype(p.dtype).itemsize for p in parameters]
+        sizes = [slot.weights.numel() * state_dtype(slot.weights.dtype).itemsize for slot in slots]
         self._plan = Plan(
             slots, make_buckets(sizes, bucket_bytes=self._communication.bucket_mb * 2**20 if overlap else None)
         )
@@ -221,7 +219,7 @@ class ADMMOptimizer(torch.optim.Optimizer):
         sent = flight.land()
         if is_early:
             self._require_unchanged()
-        sums = sent[-1].buffer.scalars.tolist()
+        sums = self._refusals(sent[-1].buffer.scalars.tolist())
         self.bytes_sent += sum(bucket.total.num_bytes for bucket in sent)
         num_overflows, weight_sum, *penalty_sums = sums[NUM_FAULT_SCALARS:]
         if sums[0]:
@@ -261,19 +259,19 @@ class ADMMOptimizer(torch.optim.Optimizer):
         is_last = number == len(self._plan.buckets) - 1
         scalars = self._scalars() if is_last else []
         buffer = MessageBuffer(
-            [slot.parameter.shape for slot in slots],
+            [slot.weights.shape for slot in slots],
             len(scalars) and len(scalars) + NUM_FAULT_SCALARS,
-            dtype=_widest(gradients),
+            dtype=widest(gradients),
             device=gradients[0].device,
         )
         outcomes = [
-            send_local_step(slot, self._state(slot, gradient), gradient, self._settings[slot.group], weight, message)
+            send_local_step(slot, self._state(slot), gradient, self._settings[slot.group], weight, message)
             for slot, gradient, message in zip(slots, gradients, buffer.tensors, strict=True)
         ]
         if self._communication.compression is not None:
             for slot, message in zip(slots, buffer.tensors, strict=True):
                 if RESIDUAL in self.state[slot.parameter]:
-                    message += self.state[slot.parameter][RESIDUAL]
+                    message += local_part(self.state[slot.parameter][RESIDUAL])
         if is_last:
             buffer.scalars[:NUM_FAULT_SCALARS] = (
                 fault_tensor(self._found, worker=self._consensus.rank) if self._found else 0
@@ -293,12 +291,23 @@ class ADMMOptimizer(torch.optim.Optimizer):
         has_overflow = overflow is not None and bool(overflow)
         return [float(has_overflow), weight, *(weight * group.penalty for group in self._settings)]
 
-    def _state(self, slot: Slot, gradient: Tensor) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.state[slot.parameter]
+    def _state(self, slot: Slot) -> dict[str, Tensor]:
+        """This rank's part of a parameter's state, in the memory of the state itself."""
+        state = self.state[slot.parameter]
         if "dual" not in state:
-            dual = torch.zeros_like(gradient)
-            state.update(dual=dual, **slot.preconditioner.init_state(dual))
-        return state
+            dual = torch.zeros_like(slot.weights, dtype=state_dtype(slot.weights.dtype))
+            self._keep(slot, {"dual": dual, **slot.preconditioner.init_state(dual)})
+        return {name: local_part(value) for name, value in state.items()}
+
+    def _keep(self, slot: Slot, state: dict[str, Tensor]) -> None:
+        """Store state that a step has replaced; that of a sharded parameter is sharded alike."""
+        kept = {name: sharded_like(slot.parameter, value) for name, value in state.items()}
+        self.state[slot.parameter].update(kept)
+
+    def _refusals(self, sums: list[float]) -> list[float]:
+        """With the faults and overflows of all shards, where a worker is several ranks: all must refuse alike."""
+        device = self._plan.slots[0].weights.device
+        return [*sum_over(self._shards, sums[: NUM_FAULT_SCALARS + 1], device), *sums[NUM_FAULT_SCALARS + 1 :]]
 
     def _commit(
         self, buckets: Sequence[Sequence[int]], sent: Sequence[Sent], weight_sum: float, penalty_sums: Sequence[float]
@@ -307,9 +316,10 @@ class ADMMOptimizer(torch.optim.Optimizer):
         for bucket, arrived in zip(buckets, sent, strict=True):
             slots = [self._plan.slots[position] for position in bucket]
             for slot, outcome, message_sum in zip(slots, arrived.outcomes, arrived.buffer.tensors, strict=True):
+                state = self._state(slot)
                 settle(
                     slot,
-                    self.state[slot.parameter],
+                    state,
                     local_gradient(slot.parameter, scale),
                     self._settings[slot.group],
                     outcome,
@@ -318,15 +328,12 @@ class ADMMOptimizer(torch.optim.Optimizer):
                     penalty_sum=penalty_sums[slot.group] / weight_sum,
                     consensus_l2=self.param_groups[slot.group]["consensus_l2"],
                 )
+                self._keep(slot, state)
             if arrived.total.residual is not None:
-                pieces = torch.split(arrived.total.residual, [slot.parameter.numel() for slot in slots])
+                pieces = torch.split(arrived.total.residual, [slot.weights.numel() for slot in slots])
                 for slot, piece in zip(slots, pieces, strict=True):
-                    self.state[slot.parameter][RESIDUAL] = piece.view(slot.parameter.shape)
-        self._count()
-
-    def _count(self) -> None:
-        for group in self.param_groups:
-            group["num_steps"] += 1
+                    self._keep(slot, {RESIDUAL: piece.view(slot.weights.shape)})
+        count_step(self.param_groups)
 
     def _step_alone(self) -> None:
         """The step where this worker is the only one: nothing to send, and no rank that could still refuse it."""
@@ -334,18 +341,20 @@ class ADMMOptimizer(torch.optim.Optimizer):
         scale = self._scale()
         gradients = [local_gradient(slot.parameter, scale) for slot in slots]
         overflow = getattr(self, "found_inf", None)
-        if overflow is not None and bool(overflow):
-            return
-        self._found = [first_bad(gradients, range(len(slots)))]
-        faults = fault_tensor(self._found, worker=0).tolist()
+        if overflow is None:  # otherwise a GradScaler has looked
+            self._found = [first_bad(gradients, range(len(slots)))]
+        faults = fault_tensor(self._found, worker=0).tolist() if self._found else [0.0] * NUM_FAULT_SCALARS
+        *faults, num_overflows = self._refusals([*faults, float(overflow is not None and bool(overflow))])
         if faults[0]:
             self._refuse(faults)
+        if faults[0] or num_overflows:
             return
         for slot, gradient in zip(slots, gradients, strict=True):
-            state = self._state(slot, gradient)
+            state = self._state(slot)
             consensus_l2 = self.param_groups[slot.group]["consensus_l2"]
             step_alone(slot, state, gradient, self._settings[slot.group], consensus_l2)
-        self._count()
+            self._keep(slot, state)
+        count_step(self.param_groups)
 
     def _require_world(self) -> None:
         """The process group must not appear or vanish after construction: ranks would silently train apart."""
@@ -386,10 +395,3 @@ def _arrived(optimizer: "weakref.ref[ADMMOptimizer]", position: int) -> None:
     this = optimizer()
     if this is not None:
         this._gradient_arrived(position)
-
-
-def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype

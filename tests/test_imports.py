@@ -19,7 +19,7 @@ PACKAGE = Path(pisa_dist.__file__).parent
 LAYERS = (
     ("checks",),
     ("admm",),
-    ("consensus", "distributed", "faults", "robust"),
+    ("consensus", "distributed", "faults", "robust", "sharding"),
     ("compression", "local"),
     ("communication", "overlap"),
     ("optim_base",),

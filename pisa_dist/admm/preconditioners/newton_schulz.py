@@ -47,18 +47,21 @@ def momentum_update(momentum_buffer: Tensor, gradient: Tensor, *, momentum: floa
     return momentum * momentum_buffer + gradient
 
 
-def orthogonal_direction(momentum_buffer: Tensor, gradient: Tensor, *, momentum: float, steps: int) -> Tensor:
-    """o_i = NewtonSchulz(g_i + mu b_i), scaled by sqrt(max(1, rows / columns)) (NSISA, Algorithm 3).
+def nesterov_momentum(momentum_buffer: Tensor, gradient: Tensor, *, momentum: float) -> Tensor:
+    """g_i + mu b_i, what is orthogonalised (NSISA, Algorithm 3); b_i after its update."""
+    return gradient + momentum * momentum_buffer
+
+
+def orthogonal_direction(matrices: Tensor, *, steps: int) -> Tensor:
+    """o_i = NewtonSchulz(M), scaled by sqrt(max(1, rows / columns)) (NSISA, Algorithm 3).
 
     Args:
-        momentum_buffer: b_i after its update, shape [..., rows, columns].
-        gradient: g_i, same shape.
-        momentum: mu in [0, 1).
+        matrices: M = g_i + mu b_i, shape [..., rows, columns].
         steps: Newton-Schulz iterations, >= 1.
     """
-    rows, columns = gradient.shape[-2:]
+    rows, columns = matrices.shape[-2:]
     scale: float = max(1.0, rows / columns) ** 0.5
-    return scale * newton_schulz(gradient + momentum * momentum_buffer, steps=steps)
+    return scale * newton_schulz(matrices, steps=steps)
 
 
 @dataclass(frozen=True)
@@ -108,15 +111,15 @@ class NewtonSchulz(Preconditioner):
         self, state: State, dual: Tensor, gradient: Tensor, *, step: Scalar, shape: torch.Size
     ) -> Preconditioned:
         buffer = momentum_update(state["momentum_buffer"], gradient, momentum=self.momentum)
-        workers = gradient.shape[: gradient.ndim - len(shape)]
-        as_matrices = (*workers, shape[0], shape[1:].numel())
-        direction = orthogonal_direction(
-            buffer.reshape(as_matrices),
-            gradient.reshape(as_matrices),
-            momentum=self.momentum,
-            steps=self.newton_schulz_steps,
-        ).reshape(gradient.shape)
+        averaged = nesterov_momentum(buffer, gradient, momentum=self.momentum)
+        direction = self.orthogonalize(averaged, shape=shape)
         return Preconditioned(direction, (dual + direction).abs().add_(self.eps), {"momentum_buffer": buffer})
+
+    def orthogonalize(self, averaged: Tensor, *, shape: torch.Size) -> Tensor:
+        """o_i of a parameter of this shape, behind any worker dimensions; convolutions count as matrices."""
+        workers = averaged.shape[: averaged.ndim - len(shape)]
+        matrices = averaged.reshape(*workers, shape[0], shape[1:].numel())
+        return orthogonal_direction(matrices, steps=self.newton_schulz_steps).reshape(averaged.shape)
 
     def for_parameter(self, name: str | None, shape: torch.Size) -> Preconditioner:
         """This preconditioner for matrices and convolutions, `vectors` for the rest and what the user named."""
