@@ -173,7 +173,7 @@ class AllReduce(Consensus):
         """Turn the library's errors about a collective into a ConsensusError that names it and this rank."""
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # ValueError: the process group has been destroyed
             raise ConsensusError(
                 f"the consensus {collective} of {buffer.numel()} numbers failed on rank {self.rank} of "
                 f"{self.num_ranks}: another rank has stopped, does not answer, or makes another number of steps "

@@ -1,6 +1,6 @@
 """One worker's step for one parameter, as the drop-in optimizers take it, without a collective."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +14,13 @@ from pisa_dist.admm.fused import (
     second_moment_step_,
 )
 from pisa_dist.admm.penalty import divided_by_lr, grown_penalty
-from pisa_dist.admm.preconditioners import Preconditioner, SecondMoment
+from pisa_dist.admm.preconditioners import NewtonSchulz, Preconditioner, SecondMoment
 from pisa_dist.admm.updates import consensus_update, state_dtype
 from pisa_dist.admm.worker import worker_step
 from pisa_dist.sharding import local_part, rule_for
 
 ParamGroup = dict[str, Any]
+BATCHED_ON = {"cuda"}  # kinds of device
 RESIDUAL = "residual"  # state that no step reads: what compression has left out
 
 
@@ -102,6 +103,62 @@ def local_gradient(parameter: Tensor, scale: Tensor | None) -> Tensor:
     return gradient if scale is None else gradient / scale.to(gradient.device)
 
 
+def send_local_steps(
+    slots: Sequence[Slot],
+    states: Sequence[dict[str, Tensor]],
+    gradients: Sequence[Tensor],
+    settings: Sequence[Settings],
+    worker_weight: float,
+    messages: Sequence[Tensor],
+) -> "list[Outcome | None]":
+    """`send_local_step` for several parameters; `settings` by group.
+
+    On devices where many small products cost more than one batched one, parameters of one shape that NSISA
+    orthogonalises are stacked and take their step together.
+    """
+    outcomes: list[Outcome | None] = [None] * len(slots)
+    for positions in _alike(slots):
+        first = positions[0]
+        if len(positions) == 1:
+            outcomes[first] = send_local_step(
+                slots[first],
+                states[first],
+                gradients[first],
+                settings[slots[first].group],
+                worker_weight,
+                messages[first],
+            )
+            continue
+        rule, shape = slots[first].preconditioner, slots[first].parameter.shape
+        step = worker_step(
+            torch.stack([states[i]["dual"] for i in positions]),
+            {
+                name: torch.stack([states[i][name] for i in positions])
+                for name in states[first]
+                if name not in ("dual", RESIDUAL)
+            },
+            torch.stack([gradients[i] for i in positions]),
+            preconditioner=rule,
+            **settings[slots[first].group]._asdict(),
+            worker_weight=worker_weight,
+            shape=shape,
+        )
+        for row, i in enumerate(positions):
+            messages[i].copy_(step.message[row])
+            state = {name: value[row] for name, value in step.preconditioner_state.items()}
+            outcomes[i] = Outcome(step.dual[row], state)
+    return outcomes
+
+
+def _alike(slots: Sequence[Slot]) -> list[list[int]]:
+    """Positions of the slots that take their step together."""
+    alike: dict[Any, list[int]] = {}
+    for i, slot in enumerate(slots):
+        is_batched = type(slot.preconditioner) is NewtonSchulz and slot.weights.device.type in BATCHED_ON
+        alike.setdefault((slot.preconditioner, slot.parameter.shape, slot.group) if is_batched else i, []).append(i)
+    return list(alike.values())
+
+
 def send_local_step(
     slot: Slot, state: dict[str, Tensor], gradient: Tensor, settings: Settings, worker_weight: float, message: Tensor
 ) -> Outcome | None:
@@ -182,26 +239,39 @@ def settle(
         own.copy_(weights)
 
 
-def step_alone(slot: Slot, state: dict[str, Tensor], gradient: Tensor, settings: Settings, consensus_l2: float) -> None:
-    """One parameter's whole iteration where this worker is the only one, in place."""
-    weights = slot.weights
-    fused = _fused(slot, state, gradient, settings)
-    if fused is not None and weights.is_contiguous():
-        second_moment_step_(state["dual"], state["second_moment"], gradient, weights, fused, consensus_l2=consensus_l2)
-        return
-    message = torch.empty_like(gradient)
-    outcome = send_local_step(slot, state, gradient, settings, 1.0, message)
-    settle(
-        slot,
-        state,
-        gradient,
-        settings,
-        outcome,
-        message,
-        weight_sum=1.0,
-        penalty_sum=settings.penalty,
-        consensus_l2=consensus_l2,
-    )
+def step_alone(
+    slots: Sequence[Slot],
+    states: Sequence[dict[str, Tensor]],
+    gradients: Sequence[Tensor],
+    settings: Sequence[Settings],
+    consensus_l2: Sequence[float],
+) -> None:
+    """A whole iteration where this worker is the only one, in place; `settings` and `consensus_l2` by group."""
+    for positions in _alike(slots):
+        slot, state, gradient = slots[positions[0]], states[positions[0]], gradients[positions[0]]
+        weights, group = slot.weights, slot.group
+        fused = _fused(slot, state, gradient, settings[group])
+        if fused is not None and weights.is_contiguous() and weights.dtype == gradient.dtype:
+            second_moment_step_(
+                state["dual"], state["second_moment"], gradient, weights, fused, consensus_l2=consensus_l2[group]
+            )
+            continue
+        own_slots, own_states = [slots[i] for i in positions], [states[i] for i in positions]
+        own_gradients = [gradients[i] for i in positions]
+        messages = [torch.empty_like(g) for g in own_gradients]
+        outcomes = send_local_steps(own_slots, own_states, own_gradients, settings, 1.0, messages)
+        for i, outcome, message in zip(positions, outcomes, messages, strict=True):
+            settle(
+                slots[i],
+                states[i],
+                gradients[i],
+                settings[group],
+                outcome,
+                message,
+                weight_sum=1.0,
+                penalty_sum=settings[group].penalty,
+                consensus_l2=consensus_l2[group],
+            )
 
 
 def _fused(

@@ -167,6 +167,7 @@ class NSISA(ADMMOptimizer):
         preconditioner_scale: rho_i >= 0.
         momentum: mu in [0, 1).
         newton_schulz_steps: iterations, >= 1.
+        newton_schulz_coefficients: "quintic" (Muon's) or "polar_express" (nearer to orthogonal at the same cost).
         eps: added to the diagonal of Q_i, >= 0.
         second_moment_decay: beta in [0, 1) of the SISA step.
         preconditioner_bound: eta_i > 0 of the SISA step; None for no bound.
@@ -181,6 +182,7 @@ class NSISA(ADMMOptimizer):
         preconditioner_scale: float = 1.0,
         momentum: float = 0.95,
         newton_schulz_steps: int = 5,
+        newton_schulz_coefficients: str = "quintic",
         eps: float = 1e-8,
         second_moment_decay: float = 0.999,
         preconditioner_bound: float | None = None,
@@ -208,6 +210,7 @@ class NSISA(ADMMOptimizer):
             "preconditioner_scale": preconditioner_scale,
             "momentum": momentum,
             "newton_schulz_steps": newton_schulz_steps,
+            "newton_schulz_coefficients": newton_schulz_coefficients,
             "eps": eps,
             "second_moment_decay": second_moment_decay,
             "preconditioner_bound": preconditioner_bound,
@@ -236,6 +239,7 @@ class NSISA(ADMMOptimizer):
         return NewtonSchulz(
             momentum=group["momentum"],
             newton_schulz_steps=group["newton_schulz_steps"],
+            newton_schulz_coefficients=group["newton_schulz_coefficients"],
             eps=group["eps"],
             vectors=vectors,
             sisa_parameters=tuple(group["sisa_parameters"]),

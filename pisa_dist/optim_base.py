@@ -29,7 +29,7 @@ from pisa_dist.local import (
     group_settings,
     group_slots,
     local_gradient,
-    send_local_step,
+    send_local_steps,
     settle,
     step_alone,
 )
@@ -264,10 +264,9 @@ class ADMMOptimizer(torch.optim.Optimizer):
             dtype=widest(gradients),
             device=gradients[0].device,
         )
-        outcomes = [
-            send_local_step(slot, self._state(slot), gradient, self._settings[slot.group], weight, message)
-            for slot, gradient, message in zip(slots, gradients, buffer.tensors, strict=True)
-        ]
+        outcomes = send_local_steps(
+            slots, [self._state(slot) for slot in slots], gradients, self._settings, weight, buffer.tensors
+        )
         if self._communication.compression is not None:
             for slot, message in zip(slots, buffer.tensors, strict=True):
                 if RESIDUAL in self.state[slot.parameter]:
@@ -349,10 +348,9 @@ class ADMMOptimizer(torch.optim.Optimizer):
             self._refuse(faults)
         if faults[0] or num_overflows:
             return
-        for slot, gradient in zip(slots, gradients, strict=True):
-            state = self._state(slot)
-            consensus_l2 = self.param_groups[slot.group]["consensus_l2"]
-            step_alone(slot, state, gradient, self._settings[slot.group], consensus_l2)
+        states = [self._state(slot) for slot in slots]
+        step_alone(slots, states, gradients, self._settings, [group["consensus_l2"] for group in self.param_groups])
+        for slot, state in zip(slots, states, strict=True):
             self._keep(slot, state)
         count_step(self.param_groups)
 

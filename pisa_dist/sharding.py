@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from pisa_dist.admm.preconditioners import NewtonSchulz, Preconditioner
-from pisa_dist.admm.preconditioners.newton_schulz import orthogonal_direction
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -94,8 +93,7 @@ class ShardedNewtonSchulz(NewtonSchulz):
         if self.parameter is None:
             return super().orthogonalize(averaged, shape=shape)
         whole = sharded_like(self.parameter, averaged).full_tensor()  # type: ignore[attr-defined]
-        matrix = whole.reshape(shape[0], shape[1:].numel())
-        direction = orthogonal_direction(matrix, steps=self.newton_schulz_steps).reshape(shape)
+        direction = super().orthogonalize(whole, shape=shape)
         mesh = self.parameter.device_mesh
         same = DTensor.from_local(direction, mesh, [Replicate()], run_check=False)
         return same.redistribute(mesh, self.parameter.placements).to_local()

@@ -87,6 +87,11 @@ BAD_SETTINGS: dict[str, tuple[str, ...]] = {
     "algorithm.lr=0": ("`algorithm.lr`", "> 0", "0.0"),
     "algorithm=nsisa algorithm.momentum=1": ("`algorithm.momentum` (mu)", "[0, 1)", "1.0"),
     "algorithm=nsisa algorithm.newton_schulz_steps=0": ("`algorithm.newton_schulz_steps`", ">= 1", "0"),
+    "algorithm=nsisa algorithm.newton_schulz_coefficients=cubic": (
+        "`algorithm.newton_schulz_coefficients`",
+        "quintic, polar_express",
+        "cubic",
+    ),
     "algorithm=fedavg algorithm.lr=0": ("`algorithm.lr`", "> 0", "0.0"),
     "algorithm=fedavg algorithm.weight_decay=-1": ("`algorithm.weight_decay`", ">= 0", "-1.0"),
     "algorithm=synchronous algorithm.lr=-1": ("`algorithm.lr`", "> 0", "-1.0"),

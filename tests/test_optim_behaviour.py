@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, StepLR
 
 from pisa_dist import NSISA, PISA, SISA
-from pisa_dist.admm.preconditioners import Identity
+from pisa_dist.admm.preconditioners import Identity, newton_schulz
 
 SETTINGS = {"penalty": 3.0, "preconditioner_scale": 10.0}
 OPTIMIZERS = {
@@ -667,3 +667,71 @@ def test_patterns_need_named_parameters():
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     assert set(optimizer.state[weight]) == {"dual", "second_moment"}
+
+
+@pytest.mark.parametrize("coefficients", ["quintic", "polar_express"])
+def test_matrices_of_one_shape_step_together_as_they_do_one_by_one(monkeypatch, coefficients):
+    ends = []
+    for devices in (set(), {"cpu"}):
+        monkeypatch.setattr("pisa_dist.local.BATCHED_ON", devices)
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(4, 3), (4, 3), (3, 4), (3, 2, 2, 2), (3, 2, 2, 2), (5,), (4, 3)]
+        parameters = [nn.Parameter(torch.randn(s, dtype=torch.float64, generator=generator)) for s in shapes]
+        groups = [{"params": parameters[:-1]}, {"params": parameters[-1:], "penalty": 7.0}]
+        optimizer = NSISA(groups, penalty=3.0, newton_schulz_coefficients=coefficients)
+        train(optimizer, parameters, range(6))
+        ends.append((parameters, [optimizer.state[p]["momentum_buffer"] for p in parameters if p.ndim > 1]))
+    for one_by_one, together in zip(*([*end[0], *end[1]] for end in ends), strict=True):
+        torch.testing.assert_close(together, one_by_one, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "steps", "low", "high"),
+    [("quintic", 5, 0.4, 1.21), ("polar_express", 5, 0.84, 1.13), ("polar_express", 9, 0.99999, 1.00001)],
+)
+def test_newton_schulz_brings_singular_values_to_one(coefficients, steps, low, high):
+    generator = torch.Generator().manual_seed(0)
+    left, _ = torch.linalg.qr(torch.randn(40, 40, generator=generator, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(60, 60, generator=generator, dtype=torch.float64))
+    values = torch.logspace(-1.5, 0, 40, dtype=torch.float64)
+    matrix = left @ torch.diag(values) @ right[:40]
+    found = newton_schulz(torch.stack([matrix, 0 * matrix]), steps=steps, coefficients=coefficients)
+    singular = torch.linalg.svdvals(found[0])
+    assert low <= singular.min() <= singular.max() <= high
+    assert torch.equal(found[1], torch.zeros_like(matrix))
+    tall = newton_schulz(matrix.mT, steps=steps, coefficients=coefficients)
+    torch.testing.assert_close(tall.mT, found[0], rtol=1e-10, atol=1e-10)
+
+
+def test_integer_parameters_are_refused_with_compression_too():
+    integer = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"real floating point, got torch\.int64"):
+        SISA([integer], compression="int8")
+
+
+def step_after_the_group_is_gone(rank, num_ranks):
+    said = []
+    for more in ({}, {"overlap": True}, {"compression": "int8"}):
+        if not dist.is_initialized():
+            return said
+        parameters = make_parameters(torch.float32)
+        said.append(SISA(parameters, **SETTINGS, **more))
+    dist.destroy_process_group()
+    errors = []
+    for optimizer in said:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        try:
+            for p in parameters:
+                (p.sum() * 1.0).backward()
+            optimizer.step()
+        except Exception as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    return errors
+
+
+def test_a_process_group_that_is_destroyed_is_an_error_that_names_the_collective_and_the_rank():
+    for rank, errors in enumerate(run_ranks(step_after_the_group_is_gone, 2)):
+        assert len(errors) == 3
+        for error in errors:
+            assert error.startswith("ConsensusError: the consensus all-")
+            assert f"failed on rank {rank} of 2" in error

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pisa_dist.admm.penalty import divided_by_lr, grown_penalty
-from pisa_dist.admm.preconditioners import SCHEMES, Identity, NewtonSchulz, Preconditioner, SecondMoment
+from pisa_dist.admm.preconditioners import COEFFICIENTS, SCHEMES, Identity, NewtonSchulz, Preconditioner, SecondMoment
 from pisa_dist.admm.updates import consensus_update, state_dtype
 from pisa_dist.admm.worker import worker_step
 from pisa_dist.algorithms.base import (
@@ -159,10 +159,15 @@ class Nsisa(ADMM):
     penalty: float = 20.0
     momentum: float = 0.95
     newton_schulz_steps: int = 5
+    newton_schulz_coefficients: str = "quintic"
     eps: float = 1e-8
     second_moment_decay: float = 0.999
     preconditioner_bound: float | None = None
     sisa_parameters: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("algorithm.newton_schulz_coefficients", self.newton_schulz_coefficients, tuple(COEFFICIENTS))
 
     def init_worker_state(self, parameters: Tensors, num_workers: int) -> State:  # noqa: D102 - as in ADMM
         self.rule().check_patterns(list(parameters))
@@ -171,5 +176,10 @@ class Nsisa(ADMM):
     def rule(self) -> NewtonSchulz:  # noqa: D102 - as in ADMM
         vectors = SecondMoment("adam", self.second_moment_decay, self.eps, self.preconditioner_bound)
         return NewtonSchulz(
-            self.momentum, self.newton_schulz_steps, self.eps, vectors, sisa_parameters=tuple(self.sisa_parameters)
+            self.momentum,
+            self.newton_schulz_steps,
+            self.eps,
+            vectors,
+            tuple(self.sisa_parameters),
+            self.newton_schulz_coefficients,
         )

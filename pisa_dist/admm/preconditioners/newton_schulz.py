@@ -10,36 +10,56 @@ from torch import Tensor
 from pisa_dist.admm.preconditioners.base import Preconditioned, Preconditioner, State
 from pisa_dist.admm.preconditioners.second_moment import SecondMoment
 from pisa_dist.admm.updates import Scalar
-from pisa_dist.checks import check_ranges
+from pisa_dist.checks import check_choice, check_ranges
 
-# Quintic coefficients (Jordan et al., "Muon", 2024): steep at zero; singular values end between about 0.7 and 1.2.
-QUINTIC = (3.4445, -4.7750, 2.0315)
+# Coefficients (a, b, c) of each iteration; the last stands for all that follow. What singular values from 0.001 to 1
+# become after five: 0.47 to 1.20 (quintic; Jordan et al., "Muon", 2024) and 0.87 to 1.12 (Polar Express; Amsel et al.,
+# arXiv 2505.16932).
+COEFFICIENTS: dict[str, tuple[tuple[float, float, float], ...]] = {
+    "quintic": ((3.4445, -4.7750, 2.0315),),
+    "polar_express": (
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+        (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+        (1.875, -1.25, 0.375),
+    ),
+}
+# Polar Express needs singular values of 1 at most, rounding included.
+_MARGIN = {"quintic": 1.0, "polar_express": 1.01}
 # Keeps the zero matrix at zero instead of dividing by its norm.
 SMALLEST_NORM = 1e-7
 
 
-def newton_schulz(matrices: Tensor, *, steps: int = 5) -> Tensor:
+def newton_schulz(matrices: Tensor, *, steps: int = 5, coefficients: str = "quintic") -> Tensor:
     """Approximate nearest orthogonal matrix (the polar factor U V' of M = U S V').
 
     Starting from X = M / ||M||_F, `steps` times
         X <- a X + (b A + c A A) X,   A = X X',
-    on the transpose where that makes A the smaller Gram matrix.
+    on the transpose where that makes A the smaller Gram matrix. On CUDA float32 matrices are iterated in bfloat16, as
+    Muon's are: the result is that approximate anyway.
 
     Args:
         matrices: shape [..., rows, columns], floating point; the leading dimensions are batched.
         steps: number of iterations, >= 1.
+        coefficients: a key of `COEFFICIENTS`.
 
     Returns:
         Tensor of the same shape and dtype.
     """
-    a, b, c = QUINTIC
+    table = COEFFICIENTS[coefficients]
     tall = matrices.shape[-2] > matrices.shape[-1]
     x: Tensor = matrices.mT if tall else matrices
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + SMALLEST_NORM)
-    for _ in range(steps):
+    x = x / (_MARGIN[coefficients] * torch.linalg.matrix_norm(x, keepdim=True) + SMALLEST_NORM)
+    if x.is_cuda and x.dtype == torch.float32:
+        x = x.bfloat16()
+    for step in range(steps):
+        a, b, c = table[min(step, len(table) - 1)]
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if tall else x
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 def momentum_update(momentum_buffer: Tensor, gradient: Tensor, *, momentum: float) -> Tensor:
@@ -52,16 +72,17 @@ def nesterov_momentum(momentum_buffer: Tensor, gradient: Tensor, *, momentum: fl
     return gradient + momentum * momentum_buffer
 
 
-def orthogonal_direction(matrices: Tensor, *, steps: int) -> Tensor:
+def orthogonal_direction(matrices: Tensor, *, steps: int, coefficients: str = "quintic") -> Tensor:
     """o_i = NewtonSchulz(M), scaled by sqrt(max(1, rows / columns)) (NSISA, Algorithm 3).
 
     Args:
         matrices: M = g_i + mu b_i, shape [..., rows, columns].
         steps: Newton-Schulz iterations, >= 1.
+        coefficients: a key of `COEFFICIENTS`.
     """
     rows, columns = matrices.shape[-2:]
     scale: float = max(1.0, rows / columns) ** 0.5
-    return scale * newton_schulz(matrices, steps=steps)
+    return scale * newton_schulz(matrices, steps=steps, coefficients=coefficients)
 
 
 @dataclass(frozen=True)
@@ -75,6 +96,7 @@ class NewtonSchulz(Preconditioner):
     Args:
         momentum: mu in [0, 1).
         newton_schulz_steps: iterations, >= 1.
+        newton_schulz_coefficients: "quintic" (Muon's) or "polar_express" (nearer to orthogonal at the same cost).
         eps: added to the diagonal, >= 0.
         vectors: preconditioner of what is not orthogonalised.
         sisa_parameters: shell patterns of parameter names, such as "*embedding*", that take the step of `vectors`.
@@ -85,9 +107,11 @@ class NewtonSchulz(Preconditioner):
     eps: float = 1e-8
     vectors: Preconditioner = field(default_factory=SecondMoment)
     sisa_parameters: tuple[str, ...] = ()
+    newton_schulz_coefficients: str = "quintic"
 
     def __post_init__(self) -> None:
         check_ranges(vars(self))
+        check_choice("newton_schulz_coefficients", self.newton_schulz_coefficients, tuple(COEFFICIENTS))
 
     def check_patterns(self, names: Sequence[str | None]) -> None:
         """Refuse patterns in `sisa_parameters` that name nothing: the head would be orthogonalised in silence.
@@ -119,7 +143,9 @@ class NewtonSchulz(Preconditioner):
         """o_i of a parameter of this shape, behind any worker dimensions; convolutions count as matrices."""
         workers = averaged.shape[: averaged.ndim - len(shape)]
         matrices = averaged.reshape(*workers, shape[0], shape[1:].numel())
-        return orthogonal_direction(matrices, steps=self.newton_schulz_steps).reshape(averaged.shape)
+        return orthogonal_direction(
+            matrices, steps=self.newton_schulz_steps, coefficients=self.newton_schulz_coefficients
+        ).reshape(averaged.shape)
 
     def for_parameter(self, name: str | None, shape: torch.Size) -> Preconditioner:
         """This preconditioner for matrices and convolutions, `vectors` for the rest and what the user named."""
