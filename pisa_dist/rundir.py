@@ -84,6 +84,15 @@ class RunDirectory:
             (self.path / "metrics.jsonl").touch()
             print(f"no checkpoint yet: starting afresh, earlier metrics are in {kept}", file=sys.stderr, flush=True)
 
+    def remove_unused(self) -> None:
+        """Remove the directory again if no run has begun in it: there is no configuration, no metrics, nothing else."""
+        metrics = self.path / "metrics.jsonl"
+        with suppress(OSError):
+            if {file.name for file in self.path.iterdir()} <= {".lock", metrics.name} and metrics.stat().st_size == 0:
+                metrics.unlink()
+                (self.path / ".lock").unlink(missing_ok=True)
+                self.path.rmdir()
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the directory for this process; the lock goes with the process, however it ends.

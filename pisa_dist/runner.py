@@ -183,7 +183,10 @@ def _from_first_rank(consensus: Consensus, find: Callable[[], Found]) -> Found:
 def _claim_directory(config: Config, stack: ExitStack) -> Path:
     """The run directory, made and locked for as long as `stack` is open."""
     name = f"{config.data.name}-{config.split.name}-{config.algorithm.name}"
+    is_new = config.run_dir is None or not Path(config.run_dir).expanduser().exists()
     path = RunDirectory.prepare(config.run_dir, name=name, resume=config.resume is not None)
+    if is_new:  # data that are not there, or a split that cannot be, leave nothing behind
+        stack.callback(RunDirectory(path).remove_unused)
     stack.enter_context(RunDirectory(path).locked())
     return path
 

@@ -312,6 +312,11 @@ def test_a_run_that_found_no_data_does_not_occupy_its_directory(
     (line,) = errors(capfd.readouterr().err)
     assert "train-images-idx3-ubyte" in line
     assert str(tmp_path / "nowhere") in line
+    assert not (tmp_path / "run").exists(), "what it made is gone"
+    (tmp_path / "run").mkdir()
+    assert train_here("data=mnist", "data.root=nowhere", "run_dir=run") == 2
+    capfd.readouterr()
+    assert (tmp_path / "run").exists(), "what it found stays"
     assert train_here("rounds=1", "num_workers=2", "run_dir=run", *SMALL) == 0, capfd.readouterr().err
 
 
