@@ -30,12 +30,13 @@ class ShardPool:
     Attributes:
         shards: the same samples, each shard a view of the pool, so that nothing is held twice.
         starts: position of each shard's first sample, int64 [shards].
+        lengths: number of each shard's samples, int64 [shards].
     """
 
     def __init__(self, shards: Sequence[Dataset]) -> None:
-        ends = list(accumulate(len(shard) for shard in shards))
-        starts = [0, *ends[:-1]]
-        self.starts = np.array(starts)
+        lengths = [len(shard) for shard in shards]
+        starts = [0, *accumulate(lengths[:-1])]
+        self.starts, self.lengths = np.array(starts), np.array(lengths)
         if len(shards) == 1:  # of any size, and not worth a copy
             self._inputs, self._targets = shards[0].inputs, shards[0].targets
             self.shards = list(shards)
@@ -43,8 +44,8 @@ class ShardPool:
         self._inputs = torch.cat([shard.inputs for shard in shards])
         self._targets = torch.cat([shard.targets for shard in shards])
         self.shards = [
-            Dataset(self._inputs[start:end], self._targets[start:end], shard.num_classes)
-            for start, end, shard in zip(starts, ends, shards, strict=True)
+            Dataset(self._inputs[start:][:length], self._targets[start:][:length], shard.num_classes)
+            for start, length, shard in zip(starts, lengths, shards, strict=True)
         ]
 
     def holds(self, shards: Iterable[Dataset]) -> bool:
@@ -100,9 +101,9 @@ class Stack:
         round_number: int,
         device: torch.device,
     ) -> None:
-        lengths = np.array([len(shard) for shard in pool.shards])[list(rows)]
-        order = np.argsort(-np.minimum(lengths, batch_size), kind="stable")
-        stacked, lengths = np.array(rows, dtype=np.int64)[order], lengths[order]
+        stacked = np.array(rows, dtype=np.int64)
+        stacked = stacked[np.argsort(-np.minimum(pool.lengths[stacked], batch_size), kind="stable")]
+        lengths = pool.lengths[stacked]
         self.rows: list[int] = stacked.tolist()
         self._sections = []
         sizes, firsts = np.unique(-np.minimum(lengths, batch_size), return_index=True)

@@ -148,9 +148,8 @@ def _keep_freed_memory() -> None:
 
 def _first_batch(pool: ShardPool, batch_size: int, device: torch.device) -> Minibatches:
     """The first samples of the two largest shards."""
-    lengths = np.array([len(shard) for shard in pool.shards])
-    largest = np.argsort(-lengths, kind="stable")[:2]
-    size = min(batch_size, int(lengths[largest].min()))
+    largest = np.argsort(-pool.lengths, kind="stable")[:2]
+    size = min(batch_size, int(pool.lengths[largest].min()))
     indices = torch.from_numpy(pool.starts[largest, None] + np.arange(size)).to(device)
     return Minibatches(*pool.gather(indices), torch_seeds=[0, 1])
 
