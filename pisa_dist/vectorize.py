@@ -92,10 +92,10 @@ def choose_path(
             for spread in (0.0, 0.01):
                 require_agreement(trial, weights, buffers, batch, spread=spread)
     except Exception as error:  # of any kind: a model that fails by itself does so again in the first round
-        return Choice(Sequential(model), block, _first_line(error))
+        return Choice(Sequential(model), block, _first_sentence(error))
     slow = [str(warning.message) for warning in caught if "performance drop" in str(warning.message)]
     if slow and vectorize == "auto":
-        return Choice(Sequential(model), block, _first_line(slow[0]))
+        return Choice(Sequential(model), block, _first_sentence(slow[0]))
     fitting = budget // (worker_bytes + cost.activation_bytes)
     if vectorize == "auto" and fitting < _SMALLEST_BLOCK:
         return Choice(Sequential(model), block, f"{cost.activation_bytes:,} bytes of activations are too many")
@@ -182,8 +182,8 @@ def _stacked(tensors: Tensors, count: int) -> Tensors:
     return {name: t.expand(count, *t.shape).clone() for name, t in tensors.items()}
 
 
-def _first_line(error: object) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _first_sentence(error: object) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
 
 
 def _distance(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:

@@ -18,6 +18,7 @@ from pisa_dist.algorithms import ALGORITHMS
 from pisa_dist.consensus import AllReduce, InProcess
 from pisa_dist.data.datasets import Dataset
 from pisa_dist.data.sampling import draw_batches, draw_many
+from pisa_dist.faults import Fault
 from pisa_dist.gradients import Sequential, Vectorized
 from pisa_dist.metrics import cross_entropies, cross_entropy
 from pisa_dist.minibatches import ShardPool, Stack
@@ -348,6 +349,14 @@ def test_a_fault_names_the_worker_and_the_parameter_whatever_the_block(block):
             trainer.run_round()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_finite_gradients_whose_norm_overflows_are_no_fault(dtype):
+    large = torch.full((4,), 3e38, dtype=dtype)
+    assert Fault.find([torch.ones(2), large], worker=3) is None
+    large[2] = math.inf
+    assert Fault.find([torch.ones(2), large], worker=3) == Fault(3, 1)
+
+
 # Draws
 
 
@@ -372,6 +381,14 @@ def test_minibatches_repeat_no_sample_before_all_are_used():
             counts = np.bincount(positions.ravel(), minlength=size)
             assert len(counts) == size
             assert counts.max() - counts.min() <= 1
+
+
+def test_positions_are_drawn_until_enough_of_them_differ():
+    workers = np.arange(20_000)
+    drawn = draw_many(np.full(20_000, 8), size=2, local_steps=1, seed=0, workers=workers, round_number=1)
+    first, second = drawn.positions[:, 0].T
+    assert (first != second).all()
+    assert drawn.positions.max() < 8
 
 
 def test_every_order_and_every_pair_is_drawn_equally_often():
