@@ -3,13 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pisa_dist.admm.updates import state_dtype
-from pisa_dist.algorithms.base import LocalResult, Round, State, Tensors
+from pisa_dist.algorithms.base import LocalResult, Round, Tensors, weighted_sum
 from pisa_dist.consensus import Consensus, MessageBuffer, widest
 from pisa_dist.data.sampling import hosted_workers
 from pisa_dist.faults import Fault, describe_faults, describe_overflow, fault_scalars
@@ -68,8 +68,7 @@ class LocalRound:
         """Faults, weighted training loss and wish to stop; every rank wants their sums over the ranks."""
         loss = 0.0
         for work in self.works:
-            mean_losses = work.gradients.loss_sums / work.round_.num_local_steps
-            loss += float(mean_losses @ work.round_.worker_weight.cpu())
+            loss += float(work.gradients.loss_sums @ work.round_.worker_weight) / work.round_.num_local_steps
         return [*fault_scalars(self.fault), loss, float(self.is_stopping)]
 
     def contribution(self, work: Work, *, counting_worker: int | None = None) -> list[Tensor]:
@@ -79,31 +78,30 @@ class LocalRound:
             work: of these workers.
             counting_worker: the one whose integer buffers count; None for the weighted average, as for floats.
         """
-        shares = (work.round_.worker_weight / self.present_weight).tolist()
+        shares = work.round_.worker_weight / self.present_weight
         integer_shares = shares
         if counting_worker is not None:
-            integer_shares = [float(worker == counting_worker) for worker in work.round_.workers]
+            is_counting = [float(worker == counting_worker) for worker in work.round_.workers]
+            integer_shares = torch.tensor(is_counting, dtype=shares.dtype, device=shares.device)
         tensors = list(work.result.message.values())
         for name, old in exchanged_buffers(self.buffers).items():
-            is_average = old.is_floating_point()
-            change = torch.zeros_like(old, dtype=state_dtype(old.dtype) if is_average else torch.float32)
-            factors = shares if is_average else integer_shares
-            for factor, buffers in zip(factors, work.gradients.buffers, strict=True):
-                change += factor * _difference(buffers[name], old).to(change.dtype)
-            tensors.append(change)
+            change = _difference(work.gradients.buffers[name], old)
+            if old.is_floating_point():
+                tensors.append(weighted_sum(change, shares))
+            else:
+                tensors.append(weighted_sum(change.float(), integer_shares))
         primal = work.result.primal_residual
         tensors.append(torch.zeros_like(tensors[0].sum()) if primal is None else primal.to(widest(tensors)))
         return tensors
 
-    def state(self) -> State:
-        """Next state of this rank's present workers, stacked in row order."""
-        first, *others = [work.result.state for work in self.works]
-        if not others:
-            return first
-        return {
-            name: {kind: torch.cat([value, *(other[name][kind] for other in others)]) for kind, value in kinds.items()}
-            for name, kinds in first.items()
-        }
+    def sums(self, *, counting_worker: int) -> list[Tensor]:
+        """`contribution` of all present workers of this rank."""
+        first, *others = self.works
+        tensors = self.contribution(first, counting_worker=counting_worker)
+        for work in others:
+            added = self.contribution(work, counting_worker=counting_worker)
+            tensors = [total + tensor for total, tensor in zip(tensors, added, strict=True)]
+        return tensors
 
 
 class Exchanged(NamedTuple):
@@ -132,8 +130,13 @@ class Exchange(ABC):
     """How the workers' messages become what the method's `consensus` takes; one collective a round."""
 
     @abstractmethod
-    def parts(self, rows: Sequence[int]) -> list[Sequence[int]]:
-        """The present rows of this rank, cut into those that the method works on in one call; never no part."""
+    def parts(self, rows: Sequence[int], block: int) -> list[Sequence[int]]:
+        """The present rows of this rank, cut into those that the method works on in one call; never no part.
+
+        Args:
+            rows: in stacking order.
+            block: how many may be worked on at once.
+        """
 
     @abstractmethod
     def __call__(self, local: LocalRound) -> Exchanged:
@@ -146,14 +149,15 @@ class SumExchange(Exchange):
 
     consensus: Consensus
 
-    def parts(self, rows: Sequence[int]) -> list[Sequence[int]]:
-        """All rows in one call."""
-        return [rows]
+    def parts(self, rows: Sequence[int], block: int) -> list[Sequence[int]]:
+        """As few and as equal parts as possible."""
+        count = max(1, -(-len(rows) // block))
+        cuts = [len(rows) * part // count for part in range(count + 1)]
+        return [rows[start:end] for start, end in pairwise(cuts)]
 
     def __call__(self, local: LocalRound) -> Exchanged:
         """The sum over all workers; each participant sends one buffer."""
-        (work,) = local.works
-        tensors = local.contribution(work, counting_worker=local.present[0])
+        tensors = local.sums(counting_worker=local.present[0])
         if local.absent:
             names = local.message_names
             for name, value in local.standing_message(local.absent).items():
@@ -186,7 +190,7 @@ class RobustExchange(Exchange):
     rule: Callable[[Tensor], Tensor]
     num_workers: int
 
-    def parts(self, rows: Sequence[int]) -> list[Sequence[int]]:
+    def parts(self, rows: Sequence[int], block: int) -> list[Sequence[int]]:
         """One row a call; where nobody is present, one call for nobody, which tells the shapes."""
         return [[row] for row in rows] or [[]]
 

@@ -1,86 +1,174 @@
-"""The gradient oracle: gradients of many workers' minibatch losses, each at its own weights."""
+"""The gradient oracle: gradients of many workers' minibatch losses, each at its own weights.
 
+Two paths lead to them, one worker after the other and all of them at once; `vectorize` chooses. They draw the same
+minibatches and agree to rounding.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 
 from pisa_dist.algorithms.base import Tensors
-from pisa_dist.data.datasets import Dataset
-from pisa_dist.data.sampling import WorkerDraw
 from pisa_dist.faults import Fault
-from pisa_dist.metrics import cross_entropy
+from pisa_dist.guards import is_out_of_memory
+from pisa_dist.metrics import cross_entropies, cross_entropy, logits_of
+from pisa_dist.minibatches import Minibatches, Section, ShardPool
 
 
-class Participant(NamedTuple):
-    """A worker that is present on this rank in a round."""
+class GradientPath(ABC):
+    """How the gradients of stacked workers are computed.
 
-    worker: int
-    shard: Dataset
-    draw: WorkerDraw
+    Args:
+        model: in training mode; its own parameters and buffers are never written.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    @abstractmethod
+    def __call__(self, weights: Tensors, buffers: Tensors, batch: Minibatches) -> tuple[Tensors, Tensor]:
+        """Gradients [workers, *shape] by name, and losses [workers].
+
+        Args:
+            weights: of each worker, [workers, *shape] by name.
+            buffers: of each worker, [workers, *shape] by name; advanced in place by what the model does to them.
+            batch: what each worker's loss is the mean over.
+        """
+
+
+class Sequential(GradientPath):
+    """One worker after the other: serves any model."""
+
+    def __call__(self, weights: Tensors, buffers: Tensors, batch: Minibatches) -> tuple[Tensors, Tensor]:
+        """As in `GradientPath`."""
+        stacked = {name: torch.empty(w.shape, dtype=w.dtype, device=w.device) for name, w in weights.items()}
+        losses = []
+        for row, seed in enumerate(batch.torch_seeds):
+            # Randomness inside the model is keyed like the minibatch, so that no layout of ranks changes it.
+            torch.manual_seed(seed)
+            leaves = {name: w[row].detach().requires_grad_() for name, w in weights.items()}
+            own = {name: b[row] for name, b in buffers.items()}
+            with torch.enable_grad():
+                output = functional_call(self._model, {**leaves, **own}, (batch.inputs[row],))
+                loss = cross_entropy(output, batch.targets[row])
+                gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, allow_unused=True)
+            for values, gradient in zip(stacked.values(), gradients, strict=True):
+                values[row] = gradient
+            losses.append(loss.detach())
+        return stacked, torch.stack(losses)
+
+
+class Vectorized(GradientPath):
+    """All workers at once, by `torch.func.vmap`: for models that do the same to every worker's minibatch.
+
+    A call that vmap refuses after all goes through `Sequential`. It does so whatever happened in the calls before: a
+    resumed run takes the same path as the uninterrupted one.
+
+    Attributes:
+        refusal: why vmap refused the last call that it did, None if it has refused none.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._sequential = Sequential(model)
+        self.refusal: str | None = None
+
+    def __call__(self, weights: Tensors, buffers: Tensors, batch: Minibatches) -> tuple[Tensors, Tensor]:
+        """As in `GradientPath`."""
+        try:
+            gradients, losses, advanced = self.compute(weights, buffers, batch)
+        except Exception as error:  # vmap refuses in many ways; an error of the model's own comes again below
+            if is_out_of_memory(error):
+                raise
+            self.refusal = (str(error).splitlines() or [type(error).__name__])[0]
+            return self._sequential(weights, buffers, batch)
+        for name, value in advanced.items():
+            buffers[name].copy_(value)
+        return gradients, losses
+
+    def compute(self, weights: Tensors, buffers: Tensors, batch: Minibatches) -> tuple[Tensors, Tensor, Tensors]:
+        """Gradients, losses and advanced buffers; changes none of its inputs and passes vmap's errors on."""
+        leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
+        own = {name: b.clone() for name, b in buffers.items()}
+        with torch.enable_grad():
+            logits = vmap(self._logits, randomness="error")(leaves, own, batch.inputs)
+            losses = cross_entropies(logits, batch.targets)
+            # A worker's weights are in no other worker's loss, so that the gradient of the sum holds each one's own.
+            gradients = torch.autograd.grad(
+                losses.sum(), list(leaves.values()), materialize_grads=True, allow_unused=True
+            )
+        return dict(zip(leaves, gradients, strict=True)), losses.detach(), own
+
+    def _logits(self, weights: Tensors, buffers: Tensors, inputs: Tensor) -> Tensor:
+        return logits_of(functional_call(self._model, {**weights, **buffers}, (inputs,)))
 
 
 class RoundGradients:
     """Gradients for one round, called once per local step; what the trainer needs to know piles up on the way.
 
     Args:
-        model: in training mode; its own parameters and buffers are never written.
-        participants: the present workers of this rank, in stacking order.
+        path: how they are computed.
+        pool: the samples.
+        workers: number of each present worker of this stack.
+        sections: what they draw, in stacking order.
         weights: consensus weights by name, for shapes and types.
         buffers: consensus buffers by name; each worker works on a copy.
 
     Attributes:
         workers: number of each participant.
         loss_sums: summed minibatch losses of each participant over the calls, float64 [workers].
-        buffers: each participant's buffers after its steps.
+        buffers: the participants' buffers after their steps, [workers, *shape] by name.
         fault: the first non-finite gradient.
     """
 
     def __init__(
-        self, model: nn.Module, participants: Sequence[Participant], weights: Tensors, buffers: Tensors
+        self,
+        path: GradientPath,
+        pool: ShardPool,
+        *,
+        workers: Sequence[int],
+        sections: Sequence[Section],
+        weights: Tensors,
+        buffers: Tensors,
     ) -> None:
-        self._model = model
-        self._participants = participants
+        self._path = path
+        self._pool = pool
+        self._sections = sections
         self._weights = weights
-        self.workers = [participant.worker for participant in participants]
-        self.loss_sums = torch.zeros(len(participants), dtype=torch.float64)
-        self.buffers = [{name: b.clone() for name, b in buffers.items()} for _ in participants]
+        self.workers = workers
+        device = next(iter(weights.values())).device
+        self.loss_sums = torch.zeros(len(workers), dtype=torch.float64, device=device)
+        self.buffers = {name: b.expand(len(workers), *b.shape).clone() for name, b in buffers.items()}
         self.fault: Fault | None = None
 
     def __call__(self, local_weights: Tensors, step: int) -> Tensors:
         """Gradient of every participant's minibatch loss at its own weights, [workers, *shape] by name."""
-        stacked = {
-            name: torch.empty((len(self._participants), *w.shape), dtype=w.dtype, device=w.device)
-            for name, w in self._weights.items()
-        }
-        for row, participant in enumerate(self._participants):
-            gradients = self._gradient(row, participant, {n: w[row] for n, w in local_weights.items()}, step)
-            for name, gradient in zip(stacked, gradients, strict=True):
-                stacked[name][row] = gradient
+        parts = [self._of_section(section, local_weights, step) for section in self._sections]
+        if len(parts) == 1:
+            (stacked,) = parts
+        else:
+            empty = {name: w.new_empty((0, *w.shape)) for name, w in self._weights.items()}
+            stacked = {name: torch.cat([value, *(part[name] for part in parts)]) for name, value in empty.items()}
         if self.fault is None:
             self.fault = self._find_fault(stacked)
         return stacked
 
-    def _gradient(self, row: int, participant: Participant, weights: Tensors, step: int) -> Sequence[Tensor]:
-        # Randomness inside the model (dropout) is keyed like the minibatch, so that no layout of ranks changes it.
-        torch.manual_seed(participant.draw.torch_seeds[step])
-        shard, positions = participant.shard, participant.draw.positions[step]
-        leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
-        with torch.enable_grad():
-            output = functional_call(self._model, {**leaves, **self.buffers[row]}, (shard.inputs[positions],))
-            loss = cross_entropy(output, shard.targets[positions])
-            gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, allow_unused=True)
-        self.loss_sums[row] += loss.detach().double().cpu()
+    def _of_section(self, section: Section, local_weights: Tensors, step: int) -> Tensors:
+        inputs, targets = self._pool.gather(section.indices[:, step])
+        gradients, losses = self._path(
+            {name: w[section.rows] for name, w in local_weights.items()},
+            {name: b[section.rows] for name, b in self.buffers.items()},
+            Minibatches(inputs, targets, section.torch_seeds[:, step].tolist()),
+        )
+        self.loss_sums[section.rows] += losses.double()
         return gradients
 
     def _find_fault(self, stacked: Tensors) -> Fault | None:
         gradients = list(stacked.values())
         if Fault.find(gradients, worker=0) is None:
             return None
-        faults = (
-            Fault.find([g[row] for g in gradients], worker=participant.worker)
-            for row, participant in enumerate(self._participants)
-        )
+        faults = (Fault.find([g[row] for g in gradients], worker=worker) for row, worker in enumerate(self.workers))
         return next(fault for fault in faults if fault is not None)

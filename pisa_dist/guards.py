@@ -152,6 +152,13 @@ class Footprint:
         return ", ".join(options[:-1]) + f" or {options[-1]}"
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a device or on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
+
+
 @contextmanager
 def explain_out_of_memory(footprint: Callable[[], Footprint]) -> Iterator[None]:
     """Turn an allocation that failed inside, on a device or on the CPU, into one line.
@@ -167,8 +174,7 @@ def explain_out_of_memory(footprint: Callable[[], Footprint]) -> Iterator[None]:
     except ConsensusError:
         raise
     except (RuntimeError, MemoryError) as error:
-        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not is_memory and not any(sign in str(error).lower() for sign in _SIGNS):
+        if not is_out_of_memory(error):
             raise
         taken = footprint()
         where = f"round {taken.round_number}" + (f" on rank {taken.rank}" if taken.num_ranks > 1 else "")

@@ -13,6 +13,11 @@ from pisa_dist.data.datasets import Dataset
 # Large enough to keep a device busy, small enough for a convolution's activations.
 EVALUATION_BATCH = 1024
 
+IGNORED = -100  # torch's mark for a target without a loss, such as padding
+
+# Up to so many classes torch's CPU kernel is faster across samples than along classes, five times with ten.
+_FEW_CLASSES = 32
+
 
 def logits_of(output: Any) -> Tensor:
     """The logits in a model's output: the tensor itself, or the `logits` of a transformers output."""
@@ -26,6 +31,16 @@ def cross_entropy(output: Any, targets: Tensor, *, reduction: str = "mean") -> T
     """Cross-entropy in nats of logits [n, ..., classes] against class indices [n, ...]."""
     logits = logits_of(output)
     return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction=reduction)
+
+
+def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
+    """`cross_entropy` of each of many workers' minibatches, [workers, n, ..., classes] -> [workers]."""
+    by_class, labels = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+    if by_class.shape[1] <= _FEW_CLASSES:
+        by_class, labels = by_class.t().unsqueeze(0), labels.unsqueeze(0)
+    losses = nn.functional.cross_entropy(by_class, labels, reduction="none").view(len(targets), -1)
+    # As in the mean over one minibatch, targets that are to be ignored do not count.
+    return losses.sum(1) / (targets != IGNORED).view(len(targets), -1).sum(1)
 
 
 class Evaluation(NamedTuple):

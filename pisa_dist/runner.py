@@ -69,6 +69,10 @@ def run(config: Config, resolved: Mapping[str, Any]) -> Path:
             files.keep_metrics_until(trainer.state.round_number)
             if trainer.state.round_number >= config.rounds:
                 print(f"the run is at round {trainer.state.round_number} of {config.rounds} already: nothing to train")
+            if config.vectorize == "true" and trainer.choice.reason is not None:
+                print(
+                    f"vectorize=true: one worker after the other all the same: {trainer.choice.reason}", file=sys.stderr
+                )
         _train(config, trainer, files, resolved, num_train=len(data.train))
     return files.path
 
@@ -240,6 +244,7 @@ def _make_trainer(config: Config, data: TrainTest, parts: Parts, consensus: Cons
             consensus=config.consensus,
             consensus_trim=config.consensus_trim,
             on_divergence=config.on_divergence,
+            vectorize=config.vectorize,
         ),
         consensus=consensus,
     )
@@ -296,4 +301,6 @@ def _facts(config: Config, trainer: Trainer, num_train: int) -> dict[str, Any]:
         "bytes_sent": state.bytes_sent,
         "wall_seconds": state.seconds,
         "seed": config.seed,
+        "vectorized": trainer.choice.reason is None,
+        "vectorized_why_not": trainer.choice.reason,
     }

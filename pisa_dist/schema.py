@@ -26,6 +26,7 @@ from pisa_dist.models import check_model
 from pisa_dist.robust import CONSENSUS_RULES, check_consensus
 from pisa_dist.snapshot import RESIZE
 from pisa_dist.tracking import check_tracking
+from pisa_dist.vectorize import VECTORIZE
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 WORKER_WEIGHTS = ("samples", "uniform")
@@ -248,6 +249,7 @@ class Config:
     consensus: str = "sum"
     consensus_trim: float = 0.1
     on_divergence: str = "warn"
+    vectorize: str = "auto"
     resume: str | None = None
     max_seconds: float | None = None
     timeout_seconds: float = 600.0
@@ -263,6 +265,8 @@ class Config:
         check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         check_choice("consensus", self.consensus, CONSENSUS_RULES)
         check_choice("on_divergence", self.on_divergence, ON_DIVERGENCE)
+        self.vectorize = self.vectorize.lower()  # the command line's truth values come as "True" and "False"
+        check_choice("vectorize", self.vectorize, VECTORIZE)
 
 
 # What each group's YAML starts from: "<option>_schema" in the group of that name.

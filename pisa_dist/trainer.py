@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from pisa_dist.algorithms.base import Algorithm, ConsensusResult, Round, State, Tensors
 from pisa_dist.consensus import Consensus
 from pisa_dist.data.datasets import Dataset
-from pisa_dist.data.sampling import draw_batches, draw_participants, hosted_workers, num_present
+from pisa_dist.data.sampling import draw_participants, hosted_workers, num_present
 from pisa_dist.exchange import LocalRound, Work, make_exchange
 from pisa_dist.faults import describe_weights
-from pisa_dist.gradients import Participant, RoundGradients
+from pisa_dist.gradients import RoundGradients
 from pisa_dist.guards import Footprint, ResidualWatch, explain_out_of_memory
 from pisa_dist.metrics import evaluate
+from pisa_dist.minibatches import Section, ShardPool, Stack
 from pisa_dist.robust import check_consensus
+from pisa_dist.vectorize import Choice, choose_path
 
 
 @dataclass
@@ -65,6 +67,7 @@ class TrainingPlan:
     consensus: str = "sum"
     consensus_trim: float = 0.1
     on_divergence: str = "warn"
+    vectorize: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,11 @@ class Trainer:
         plan: what to run.
         consensus: how ranks communicate.
         stop_requested: asked on every rank in every round; once it is true on any, all stop after that round.
+
+    Attributes:
+        hosted: numbers of the workers of this rank; a row of their stacked state is a place in it.
+        state: all that changes.
+        choice: how gradients are computed.
     """
 
     model: nn.Module
@@ -112,6 +120,7 @@ class Trainer:
     stop_requested: Callable[[], bool] = lambda: False
     hosted: range = field(init=False)
     state: TrainingState = field(init=False)
+    choice: Choice = field(init=False)
 
     def __post_init__(self) -> None:
         num_workers = len(self.shard_sizes)
@@ -135,6 +144,16 @@ class Trainer:
         self._watch = ResidualWatch(math.log(self.test.num_classes), vars(self.algorithm))
         self._exchange = make_exchange(
             self.plan.consensus, self.plan.consensus_trim, consensus=self.consensus, num_workers=num_workers
+        )
+        self._pool = ShardPool([self.shards[worker] for worker in self.hosted])
+        self.shards = dict(zip(self.hosted, self._pool.shards, strict=True))
+        self.choice = choose_path(
+            self.model,
+            weights,
+            self.state.buffers,
+            self._pool,
+            vectorize=self.plan.vectorize,
+            batch_size=self.plan.batch_size,
         )
 
     def run(self) -> Iterator[tuple[int, RoundOutcome, dict[str, float | int | None] | None]]:
@@ -171,10 +190,10 @@ class Trainer:
                 len(self.shard_sizes), self.plan.participation, seed=self.plan.seed, round_number=number
             )
             chosen = set(present)
-            rows = [row for row, worker in enumerate(self.hosted) if worker in chosen]
+            stack = self._stack([row for row, worker in enumerate(self.hosted) if worker in chosen], number)
             present_weight = float(self._alpha[list(present)].sum())
             local = LocalRound(
-                works=[self._work(part, number, present_weight) for part in self._exchange.parts(rows)],
+                works=self._works(stack, number, present_weight),
                 hosted=self.hosted,
                 present=present,
                 present_weight=present_weight,
@@ -198,7 +217,7 @@ class Trainer:
             if result is None or problem is not None:
                 return outcome
             residuals = self._residuals(result, total.primal_square)
-            self._commit(rows, local.state(), result, total.buffers)
+            self._commit(local.works, result, total.buffers)
         self.state.loss_sum += outcome.train_loss
         self.state.loss_rounds += 1
         warning = None
@@ -236,14 +255,48 @@ class Trainer:
                 live[name].copy_(value)
         return self.model
 
-    def _work(self, rows: Sequence[int], number: int, present_weight: float) -> Work:
+    def _stack(self, rows: Sequence[int], number: int) -> Stack:
+        """The present hosted workers and what they draw."""
+        shards = [self.shards[worker] for worker in self.hosted]
+        if not self._pool.holds(shards):  # a user has exchanged one for another
+            self._pool = ShardPool(shards)
+            self.shards = dict(zip(self.hosted, self._pool.shards, strict=True))
+        return Stack(
+            self._pool,
+            rows,
+            workers=self.hosted,
+            batch_size=self.plan.batch_size,
+            local_steps=self.plan.local_steps,
+            seed=self.plan.seed,
+            round_number=number,
+            device=self._device,
+        )
+
+    def _works(self, stack: Stack, number: int, present_weight: float) -> list[Work]:
+        """Local work of the present hosted workers, in as many calls of the method as the exchange wants."""
+        works, start = [], 0
+        for rows in self._exchange.parts(stack.rows, self.choice.block):
+            sections = stack.sections(start, start + len(rows))
+            works.append(self._work(rows, sections, number, present_weight))
+            start += len(rows)
+        return works
+
+    def _work(self, rows: Sequence[int], sections: Sequence[Section], number: int, present_weight: float) -> Work:
         """Local work of some present hosted workers, in one call of the method."""
-        gradients = RoundGradients(self.model, self._participants(rows, number), self.state.weights, self.state.buffers)
+        workers = [self.hosted[row] for row in rows]
+        gradients = RoundGradients(
+            self.choice.path,
+            self._pool,
+            workers=workers,
+            sections=sections,
+            weights=self.state.weights,
+            buffers=self.state.buffers,
+        )
         round_ = Round(
             number=number,
             num_local_steps=self.plan.local_steps,
             weights=self.state.weights,
-            workers=[self.hosted[row] for row in rows],
+            workers=workers,
             worker_weight=self._alpha_of(rows),
             all_worker_weights=self._alpha,
             present_weight=present_weight,
@@ -253,29 +306,13 @@ class Trainer:
         )
         return Work(rows, round_, gradients, self.algorithm.local_work(round_, self._rows(rows)))
 
-    def _participants(self, rows: Sequence[int], number: int) -> list[Participant]:
-        participants = []
-        for worker in (self.hosted[row] for row in rows):
-            draw = draw_batches(
-                self.shard_sizes[worker],
-                batch_size=self.plan.batch_size,
-                local_steps=self.plan.local_steps,
-                seed=self.plan.seed,
-                worker=worker,
-                round_number=number,
-            )
-            positions = draw.positions.to(self._device)
-            participants.append(Participant(worker, self.shards[worker], draw._replace(positions=positions)))
-        return participants
-
     def _alpha_of(self, rows: Sequence[int]) -> Tensor:
         return self._alpha[[self.hosted[row] for row in rows]].to(self._device)
 
     def _rows(self, rows: Sequence[int]) -> State:
-        """State of some hosted workers; without a copy where it is all of them."""
-        if len(rows) == len(self.hosted):
-            return self.state.workers
-        return {name: {kind: v[rows] for kind, v in kinds.items()} for name, kinds in self.state.workers.items()}
+        """State of some hosted workers; without a copy where they stand next to each other."""
+        chosen = _as_slice(rows)
+        return {name: {kind: v[chosen] for kind, v in kinds.items()} for name, kinds in self.state.workers.items()}
 
     def _standing_message(self, rows: Sequence[int]) -> Tensors:
         return self.algorithm.standing_message(
@@ -313,16 +350,24 @@ class Trainer:
     def _pairs(self, new: Tensors) -> Iterator[tuple[Tensor, Tensor]]:
         return ((new[name], old) for name, old in self.state.weights.items())
 
-    def _commit(self, rows: Sequence[int], workers: State, result: ConsensusResult, buffers: Tensors) -> None:
+    def _commit(self, works: Sequence[Work], result: ConsensusResult, buffers: Tensors) -> None:
         state = self.state
         state.weights, state.shared = result.weights, result.shared
         for name, change in buffers.items():
             old = state.buffers[name]
             state.buffers[name] = old + (change if old.is_floating_point() else change.round()).to(old.dtype)
-        if len(rows) == len(self.hosted):
-            state.workers = workers
-        else:
-            for name, kinds in workers.items():
-                for kind, value in kinds.items():
-                    state.workers[name][kind][rows] = value
-        state.num_participations[rows] += 1
+        for work in works:
+            if list(work.rows) == list(range(len(self.hosted))):
+                state.workers = work.result.state
+            else:
+                chosen = _as_slice(work.rows)
+                for name, kinds in work.result.state.items():
+                    for kind, value in kinds.items():
+                        state.workers[name][kind][chosen] = value
+            state.num_participations[work.rows] += 1
+
+
+def _as_slice(rows: Sequence[int]) -> slice | list[int]:
+    """The rows as a slice, which takes no copy, where they follow each other."""
+    first = rows[0] if rows else 0
+    return slice(first, first + len(rows)) if list(rows) == list(range(first, first + len(rows))) else list(rows)

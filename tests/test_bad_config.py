@@ -129,6 +129,7 @@ BAD_SETTINGS: dict[str, tuple[str, ...]] = {
     "worker_weight=mine": ("`worker_weight`", "samples, uniform", "'mine'"),
     "dtype=float16": ("`dtype`", "float32, float64, bfloat16", "'float16'"),
     "on_nonfinite=ignore": ("`on_nonfinite`", "raise, skip", "'ignore'"),
+    "vectorize=maybe": ("`vectorize`", "auto, true, false", "'maybe'"),
     "algorithm.preconditioner=shampoo": ("`algorithm.preconditioner`", "adam, rmsprop, adagrad", "'shampoo'"),
     "algorithm.name=pisa": ("`algorithm.name`", "sisa", "'pisa'"),
     "data.name=mnist": ("data.name", "digits", "mnist"),

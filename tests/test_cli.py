@@ -161,6 +161,7 @@ def test_one_command_writes_the_whole_run_directory(tmp_path: Path) -> None:
     assert summary["best"]["test_accuracy"] == max(line["test_accuracy"] for line in metrics)
     assert summary["best"]["test_loss"] == min(line["test_loss"] for line in metrics)
     assert summary["wall_seconds"] == pytest.approx(metrics[-1]["seconds"], rel=0.5)
+    assert (summary["vectorized"], summary["vectorized_why_not"]) == (True, None)
     assert {"torch", "numpy", "python", "pisa_dist"} <= set(summary["versions"])
     assert summary["commit"] is None or re.fullmatch("[0-9a-f]{40}", summary["commit"])
 

@@ -165,3 +165,13 @@ def test_every_number_in_the_configuration_has_a_range(schema: type) -> None:
     kinds = get_type_hints(schema)
     numbers = {name for name in known_keys(schema) if kinds[name] in (int, float, int | None, float | None)}
     assert numbers <= set(RANGES)
+
+
+@pytest.mark.parametrize(("given", "kept"), [("auto", "auto"), ("true", "true"), ("False", "false")])
+def test_vectorize_takes_a_truth_value_or_auto(given: str, kept: str) -> None:
+    assert checked(f"vectorize={given}").vectorize == kept
+
+
+def test_vectorize_refuses_anything_else() -> None:
+    with pytest.raises(ValueError, match="`vectorize` must be one of auto, true, false, got 'sometimes'"):
+        checked("vectorize=sometimes")

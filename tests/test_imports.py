@@ -26,9 +26,10 @@ LAYERS = (
     ("optim",),
     ("",),  # pisa_dist itself, which offers the optimizers
     ("data", "guards", "progress", "tracking"),
-    ("metrics", "models"),
+    ("metrics", "minibatches", "models"),
     ("algorithms",),
     ("gradients",),
+    ("vectorize",),
     ("exchange",),
     ("trainer",),
     ("snapshot", "figures", "preemption"),

@@ -164,8 +164,7 @@ class Poisoned(nn.Module):
 
     def forward(self, inputs):
         self.calls += self.training
-        limit = blobs().inputs[60:].amin(0)
-        is_last = (inputs >= limit).all(1).float().mean() > 0.9
+        is_last = bool(torch.isin(inputs, blobs().inputs[60:]).all())
         factor = float("nan") if is_last and self.calls > self.from_call else 1.0
         return self.net(inputs) * factor
 

@@ -6,7 +6,8 @@ lambda consensus L2. The delta form never stores w_i: what a worker sends is sma
 bf16 and int8.
 
 Every tensor may carry leading worker dimensions; scalars may then be tensors that broadcast against them,
-so that one call serves one worker or a thousand.
+so that one call serves one worker or a thousand. What an equation allocates it goes on using in place: for many workers
+the time goes into memory.
 """
 
 import torch
@@ -38,7 +39,7 @@ def local_step(
     Returns:
         u_i, same shape and dtype as `dual`. Inputs are unchanged; nothing is communicated.
     """
-    return -(dual + gradient) / (penalty + preconditioner_scale * preconditioner)
+    return (dual + gradient).div_(penalty + preconditioner_scale * preconditioner).neg_()
 
 
 def dual_update(dual: Tensor, displacement: Tensor, *, penalty: Scalar) -> Tensor:
@@ -52,7 +53,7 @@ def dual_update(dual: Tensor, displacement: Tensor, *, penalty: Scalar) -> Tenso
         displacement: u_i, same shape, in units of the weights.
         penalty: sigma_i > 0, the one that the primal step used.
     """
-    return dual + penalty * displacement
+    return (penalty * displacement).add_(dual)
 
 
 def worker_message(dual: Tensor, displacement: Tensor, *, penalty: Scalar, worker_weight: Scalar) -> Tensor:
@@ -67,7 +68,7 @@ def worker_message(dual: Tensor, displacement: Tensor, *, penalty: Scalar, worke
         penalty: sigma_i > 0, the one that the primal step used.
         worker_weight: alpha_i > 0.
     """
-    return worker_weight * (dual + penalty * displacement)
+    return (penalty * displacement).add_(dual).mul_(worker_weight)
 
 
 def consensus_update(

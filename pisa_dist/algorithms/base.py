@@ -168,6 +168,7 @@ def moved_by_mean(round_: Round, message_sum: Tensors, *, factor: float = 1.0) -
 
 def squared_distance(displacements: Tensors, worker_weight: Tensor) -> Tensor:
     """sum_i alpha_i ||u_i||^2 for stacked displacements u_i of all parameters, a scalar in float64."""
-    per_worker = [u.flatten(1).double().square().sum(1) for u in displacements.values()]
-    total: Tensor = torch.stack(per_worker).sum(0) @ worker_weight.double()
+    flat = [u.flatten(1) for u in displacements.values()]
+    per_worker = torch.stack([torch.linalg.vecdot(u, u).double() for u in flat])
+    total: Tensor = per_worker.sum(0) @ worker_weight.double()
     return total

@@ -31,7 +31,7 @@ def adagrad_moment(second_moment: Tensor, square: Tensor) -> Tensor:
 
 def averaged_moment(second_moment: Tensor, square: Tensor, decay: float) -> Tensor:
     """m_i <- beta m_i + (1 - beta) n_i (SISA, Algorithm 2, RMSProp and Adam schemes)."""
-    return decay * second_moment + (1 - decay) * square
+    return (decay * second_moment).add_(square, alpha=1 - decay)
 
 
 def bias_corrected(second_moment: Tensor, decay: float, step: Scalar) -> Tensor:
@@ -74,5 +74,8 @@ class SecondMoment(Preconditioner):
             moment = adagrad_moment(state["second_moment"], square)
         else:
             moment = averaged_moment(state["second_moment"], square, self.second_moment_decay)
-        used = bias_corrected(moment, self.second_moment_decay, step) if self.scheme == "adam" else moment
-        return Preconditioned(gradient, used.sqrt().add_(self.eps), {"second_moment": moment})
+        if self.scheme == "adam":
+            root = bias_corrected(moment, self.second_moment_decay, step).sqrt_()
+        else:
+            root = moment.sqrt()
+        return Preconditioned(gradient, root.add_(self.eps), {"second_moment": moment})
