@@ -86,7 +86,9 @@ def main() -> None:
     for name, value in vars(Machine()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=value)
     machine = Machine(**vars(parser.parse_args()))
-    print("| devices | workers x shards | messages | GB a device | compute | update | shards | consensus | step, overlapped |")
+    print(
+        "| devices | workers x shards | messages | GB a device | compute | update | shards | consensus | step, overlapped |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for devices in (64, 1024, 16384):
         for shards, kind, bytes_, steps in (

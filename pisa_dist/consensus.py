@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pisa_dist.admm.device import on_device
+
 
 class ConsensusError(RuntimeError):
     """A collective failed: a rank has stopped, or does not answer within the process group's timeout."""
@@ -116,7 +118,7 @@ class Consensus(ABC):
         dtype = widest(tensors)
         buffer = MessageBuffer([t.shape for t in tensors], len(scalars), dtype=dtype, device=tensors[0].device)
         torch._foreach_copy_(buffer.tensors, list(tensors))
-        buffer.scalars.copy_(torch.tensor(scalars, dtype=dtype))
+        buffer.scalars.copy_(on_device(scalars, dtype=dtype, device=buffer.flat.device))
         self.sum_(buffer.flat)
         return buffer
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pisa_dist.admm.device import on_device
+
 ON_NONFINITE = ("raise", "skip")
 NUM_FAULT_SCALARS = 3
 
@@ -27,20 +29,20 @@ class Fault:
         filled = [g for g in gradients if g.numel()]
         if not filled:
             return None
-        if bool(torch.stack([norm.isfinite() for norm in largest(filled)]).all()):
+        if bool(torch.stack(largest(filled)).isfinite().all()):
             return None
         parameter = next(i for i, g in enumerate(gradients) if not bool(g.isfinite().all()))
         return Fault(worker, parameter)
 
 
-def largest(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def largest(tensors: Sequence[Tensor]) -> list[Tensor]:
     """A scalar of each tensor that is finite exactly where all its numbers are; none of them may be empty."""
     if tensors[0].device.type != "cpu":
-        return torch._foreach_norm(list(tensors), ord=float("inf"))
+        return list(torch._foreach_norm(list(tensors), ord=float("inf")))
     # On the CPU the largest magnitude takes 20 times as long as the Euclidean norm, whose square may overflow; the two
     # extremes lie between.
-    norms = torch._foreach_norm(list(tensors))
-    if bool(torch.stack([norm.isfinite() for norm in norms]).all()):
+    norms = list(torch._foreach_norm(list(tensors)))
+    if bool(torch.stack(norms).isfinite().all()):
         return norms
     return [torch.stack(tensor.aminmax()).abs_().amax() for tensor in tensors]
 
@@ -57,11 +59,11 @@ def first_bad(gradients: Sequence[Tensor], positions: Sequence[int]) -> Tensor:
     """
     filled = [(g, position) for g, position in zip(gradients, positions, strict=True) if g.numel()]
     device = gradients[0].device
-    none = torch.tensor(math.inf, dtype=torch.float64, device=device)
+    none = torch.full((), math.inf, dtype=torch.float64, device=device)
     if not filled:
         return none
-    norms = torch.stack([norm.double() for norm in largest([g for g, _ in filled])])
-    numbers = torch.tensor([position for _, position in filled], dtype=torch.float64).to(device)
+    norms = torch.stack(largest([g for g, _ in filled]))
+    numbers = on_device([position for _, position in filled], dtype=torch.float64, device=device)
     return torch.where(norms.isfinite(), none, numbers).amin()
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pisa_dist.admm.device import on_device
 from pisa_dist.admm.preconditioners import Preconditioner
 from pisa_dist.admm.updates import state_dtype
 from pisa_dist.checks import check_ranges
@@ -275,7 +276,7 @@ class ADMMOptimizer(torch.optim.Optimizer):
             buffer.scalars[:NUM_FAULT_SCALARS] = (
                 fault_tensor(self._found, worker=self._consensus.rank) if self._found else 0
             )
-            buffer.scalars[NUM_FAULT_SCALARS:] = torch.tensor(scalars, dtype=buffer.flat.dtype)
+            buffer.scalars[NUM_FAULT_SCALARS:] = on_device(scalars, dtype=buffer.flat.dtype, device=buffer.flat.device)
         return Sent(outcomes, self._consensus.start_sum(buffer), [Used.now(slot.parameter) for slot in slots])
 
     def _scale(self) -> Tensor | None:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pisa_dist.admm.device import on_device
 from pisa_dist.admm.preconditioners.second_moment import SecondMoment
 
 # Numbers in a piece, by measurement: a temporary stays in the cache, and is too small for malloc to map it anew.
@@ -125,7 +126,7 @@ def _constants(settings: StepSettings, dtype: torch.dtype, device: torch.device,
         *more,
     )
     # torch.compile would compile each new number anew, but not each new tensor.
-    return torch.tensor(constants, dtype=dtype, device=device) if settings.compiled else constants
+    return on_device(constants, dtype=dtype, device=device) if settings.compiled else constants
 
 
 def _work_off(kernel: Callable[..., None], tensors: Sequence[Tensor], constants: Constants, *, compiled: bool) -> None:
