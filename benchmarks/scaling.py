@@ -17,6 +17,7 @@ class Machine:
     flops: float = 400e12  # bf16 dense operations that a training step reaches on an H100-class device
     memory_bandwidth: float = 2.7e12  # of 3.35e12 on paper
     link: float = 45e9  # network bandwidth of one device, of 400 Gbit/s on paper
+    inner_link: float = 300e9  # between the devices of a node, of 450e9 on paper
     latency: float = 10e-6  # of one message between devices
     memory: float = 80e9
 
@@ -30,7 +31,6 @@ class Job:
     workers: int = 64
     shards: int = 1  # devices that share one worker (FSDP2)
     message_bytes: float = 4.0  # of one number on the wire: 4 float32, 2 bf16, 1.016 int8 in blocks of 256
-    local_steps: int = 1
     state_bytes: float = 16.0  # weights, gradient, dual, second moment, in float32
 
 
@@ -57,17 +57,20 @@ def tree(job: Job, machine: Machine) -> float:
 
 
 def shard_traffic(job: Job, machine: Machine) -> float:
-    """FSDP2 inside a worker: weights gathered in the forward and the backward pass, gradients scattered, all in bf16."""
-    return 3 * 2 * job.parameters * (job.shards - 1) / job.shards / machine.link
+    """FSDP2 inside a worker: weights gathered in forward and backward pass, gradients scattered, all in bf16."""
+    return 3 * 2 * job.parameters * (job.shards - 1) / job.shards / machine.inner_link
 
 
 def step(job: Job, machine: Machine) -> dict[str, float]:
-    """Seconds of a step: its parts, what is left if communication hides behind half of the backward pass, and in full."""
+    """Seconds of a step: its parts, their sum, and what is left where communication hides behind computing.
+
+    The messages of a bucket travel during the rest of the backward pass, which takes two thirds of the computing.
+    """
     parts = {
         "compute": compute(job, machine),
         "update": update(job, machine),
         "shards": shard_traffic(job, machine),
-        "consensus": min(ring(job, machine), tree(job, machine)) / job.local_steps,
+        "consensus": min(ring(job, machine), tree(job, machine)),
     }
     backward = parts["compute"] * 2 / 3
     visible = max(0.0, parts["shards"] - parts["compute"]) + max(0.0, parts["consensus"] - backward)
@@ -86,24 +89,22 @@ def main() -> None:
     for name, value in vars(Machine()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=value)
     machine = Machine(**vars(parser.parse_args()))
-    print(
-        "| devices | workers x shards | messages | GB a device | compute | update | shards | consensus | step, overlapped |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    columns = ("compute", "update", "shards", "consensus", "one after the other", "overlapped")
+    head = ("devices", "workers x shards", "messages", "GB a device", *columns)
+    print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
     for devices in (64, 1024, 16384):
-        for shards, kind, bytes_, steps in (
-            (8, "float32", 4.0, 1),
-            (8, "int8", 1.016, 1),
-            (8, "float32, 20 local steps", 4.0, 20),
-        ):
-            job = replace(Job(), workers=devices // shards, shards=shards, message_bytes=bytes_, local_steps=steps)
-            job = replace(job, tokens=16384.0 * shards)
-            seconds = step(job, machine)
-            times = " | ".join(f"{1e3 * seconds[key]:.0f}" for key in ("compute", "update", "shards", "consensus"))
-            print(
-                f"| {devices:,} | {job.workers:,} x {shards} | {kind} | {memory(job) / 1e9:.0f} | {times} | "
-                f"{1e3 * seconds['overlapped']:.0f} ms |"
-            )
+        for kind, message_bytes in (("float32", 4.0), ("int8", 1.016)):
+            for link in (machine.link, machine.link / 40):
+                job = Job(workers=devices // 8, shards=8, tokens=8 * 16384.0, message_bytes=message_bytes)
+                seconds = step(job, replace(machine, link=link))
+                row = (
+                    f"{devices:,}",
+                    f"{job.workers:,} x {job.shards}",
+                    f"{kind}, {8e-9 * link:.0f} Gbit/s",
+                    f"{memory(job) / 1e9:.0f}",
+                    *(f"{1e3 * seconds[key]:.0f} ms" for key in columns),
+                )
+                print(f"| {' | '.join(row)} |")
 
 
 if __name__ == "__main__":
