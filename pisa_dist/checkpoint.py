@@ -111,7 +111,11 @@ class Checkpointer:
             self.wait()
 
     def wait(self) -> bool:
-        """Wait for the checkpoint that is being written; whether the last is complete (True where there is none)."""
+        """Wait for the checkpoint that is being written; whether the last is complete (True where there is none).
+
+        Raises:
+            ConsensusError: another rank is gone: then nothing goes on.
+        """
         if self._pending is None:
             return self._is_complete
         pending, self._pending = self._pending, None
@@ -119,6 +123,10 @@ class Checkpointer:
             pending.result()
             self._is_complete = True
         except (OSError, CheckpointException, RuntimeError) as error:
+            if self._group is not None and isinstance(error, RuntimeError):  # the library's, of a collective
+                raise ConsensusError(
+                    f"a checkpoint could not be finished on rank {dist.get_rank()}: another rank has stopped ({error})"
+                ) from error
             if self._is_first:
                 reason = _last_line(error)
                 print(f"warning: checkpoint not written, training goes on: {reason}", file=sys.stderr, flush=True)

@@ -168,6 +168,7 @@ class NSISA(ADMMOptimizer):
         momentum: mu in [0, 1).
         newton_schulz_steps: iterations, >= 1.
         newton_schulz_coefficients: "quintic" (Muon's) or "polar_express" (nearer to orthogonal at the same cost).
+        newton_schulz_precision: "bfloat16" (float32 matrices are iterated in it, as Muon's are) or "float32".
         eps: added to the diagonal of Q_i, >= 0.
         second_moment_decay: beta in [0, 1) of the SISA step.
         preconditioner_bound: eta_i > 0 of the SISA step; None for no bound.
@@ -183,6 +184,7 @@ class NSISA(ADMMOptimizer):
         momentum: float = 0.95,
         newton_schulz_steps: int = 5,
         newton_schulz_coefficients: str = "quintic",
+        newton_schulz_precision: str = "bfloat16",
         eps: float = 1e-8,
         second_moment_decay: float = 0.999,
         preconditioner_bound: float | None = None,
@@ -211,6 +213,7 @@ class NSISA(ADMMOptimizer):
             "momentum": momentum,
             "newton_schulz_steps": newton_schulz_steps,
             "newton_schulz_coefficients": newton_schulz_coefficients,
+            "newton_schulz_precision": newton_schulz_precision,
             "eps": eps,
             "second_moment_decay": second_moment_decay,
             "preconditioner_bound": preconditioner_bound,
@@ -240,6 +243,7 @@ class NSISA(ADMMOptimizer):
             momentum=group["momentum"],
             newton_schulz_steps=group["newton_schulz_steps"],
             newton_schulz_coefficients=group["newton_schulz_coefficients"],
+            newton_schulz_precision=group["newton_schulz_precision"],
             eps=group["eps"],
             vectors=vectors,
             sisa_parameters=tuple(group["sisa_parameters"]),

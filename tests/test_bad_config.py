@@ -92,6 +92,11 @@ BAD_SETTINGS: dict[str, tuple[str, ...]] = {
         "quintic, polar_express",
         "cubic",
     ),
+    "algorithm=nsisa algorithm.newton_schulz_precision=half": (
+        "`algorithm.newton_schulz_precision`",
+        "bfloat16, float32",
+        "half",
+    ),
     "algorithm=fedavg algorithm.lr=0": ("`algorithm.lr`", "> 0", "0.0"),
     "algorithm=fedavg algorithm.weight_decay=-1": ("`algorithm.weight_decay`", ">= 0", "-1.0"),
     "algorithm=synchronous algorithm.lr=-1": ("`algorithm.lr`", "> 0", "-1.0"),

@@ -23,7 +23,7 @@ OPTIMIZERS = {
     "SISA adam": lambda parameters, **more: SISA(parameters, **SETTINGS | more),
     "SISA rmsprop": lambda parameters, **more: SISA(parameters, **SETTINGS | {"preconditioner": "rmsprop"} | more),
     "SISA adagrad": lambda parameters, **more: SISA(parameters, **SETTINGS | {"preconditioner": "adagrad"} | more),
-    "NSISA": lambda parameters, **more: NSISA(parameters, **SETTINGS | more),
+    "NSISA": lambda parameters, **more: NSISA(parameters, newton_schulz_precision="float32", **SETTINGS | more),
     "PISA": lambda parameters, **more: PISA(parameters, **SETTINGS | {"preconditioner": Identity()} | more),
 }
 every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from pisa_dist.admm.penalty import divided_by_lr, grown_penalty
-from pisa_dist.admm.preconditioners import COEFFICIENTS, SCHEMES, Identity, NewtonSchulz, Preconditioner, SecondMoment
+from pisa_dist.admm.preconditioners import (
+    COEFFICIENTS,
+    PRECISIONS,
+    SCHEMES,
+    Identity,
+    NewtonSchulz,
+    Preconditioner,
+    SecondMoment,
+)
 from pisa_dist.admm.updates import consensus_update, state_dtype
 from pisa_dist.admm.worker import worker_step
 from pisa_dist.algorithms.base import (
@@ -160,6 +168,7 @@ class Nsisa(ADMM):
     momentum: float = 0.95
     newton_schulz_steps: int = 5
     newton_schulz_coefficients: str = "quintic"
+    newton_schulz_precision: str = "bfloat16"
     eps: float = 1e-8
     second_moment_decay: float = 0.999
     preconditioner_bound: float | None = None
@@ -168,6 +177,7 @@ class Nsisa(ADMM):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("algorithm.newton_schulz_coefficients", self.newton_schulz_coefficients, tuple(COEFFICIENTS))
+        check_choice("algorithm.newton_schulz_precision", self.newton_schulz_precision, PRECISIONS)
 
     def init_worker_state(self, parameters: Tensors, num_workers: int) -> State:  # noqa: D102 - as in ADMM
         self.rule().check_patterns(list(parameters))
@@ -182,4 +192,5 @@ class Nsisa(ADMM):
             vectors,
             tuple(self.sisa_parameters),
             self.newton_schulz_coefficients,
+            self.newton_schulz_precision,
         )
