@@ -1,6 +1,5 @@
 """What is compared: a model, its optimizer, and the way its ranks agree, behind one `step`."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -34,12 +33,6 @@ def parse(name: str) -> tuple[str, dict[str, Any]]:
         "int8": {"compression": "int8"},
     }
     return method, {key: value for option in options for key, value in keywords[option].items()}
-
-
-def missing_keywords(name: str) -> list[str]:
-    """Keywords that a method's name asks for and the installed pisa_dist does not have."""
-    method, keywords = parse(name)
-    return [k for k in keywords if method in OWN and k not in inspect.signature(OWN[method].__init__).parameters]
 
 
 class Method:

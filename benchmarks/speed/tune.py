@@ -35,16 +35,42 @@ def _grid(**axes: list[Any]) -> Iterator[Settings]:
 
 GRIDS: dict[str, dict[str, list[Settings]]] = {
     "gpt": {
-        "adamw_fused": [*_grid(lr=[3e-4, 1e-3, 2e-3, 4e-3])],
-        "muon": [*_grid(lr=[0.01, 0.02, 0.05], rest_lr=[1e-3, 3e-3])],
-        "sisa": [*_grid(penalty=[0.1, 0.3, 1.0], preconditioner_scale=[100.0, 1000.0])],
-        "nsisa": [*_grid(penalty=[20.0, 50.0], rest_penalty=[0.3, 1.0], rest_preconditioner_scale=[100.0])],
+        "adamw_fused": [*_grid(lr=[1e-3, 2e-3])],
+        "muon": [*_grid(lr=[0.02], rest_lr=[3e-3])],
+        "sisa": [*_grid(penalty=[0.3], preconditioner_scale=[3000.0, 10000.0])],
+        "nsisa": [*_grid(penalty=[35.0], rest_penalty=[0.3], rest_preconditioner_scale=[100.0])],
+    },
+    "gpt_small": {
+        "adamw_fused": [*_grid(lr=[1e-3, 3e-3, 1e-2])],
+        "muon": [*_grid(lr=[0.02, 0.05], rest_lr=[1e-3, 3e-3])],
+        "sisa": [
+            *_grid(penalty=[0.1, 0.3, 1.0], preconditioner_scale=[10.0, 100.0, 1000.0]),
+            *_grid(penalty=[0.1, 0.3], preconditioner_scale=[3000.0, 10000.0]),
+        ],
+        "nsisa": [
+            *_grid(penalty=[20.0, 35.0, 50.0, 70.0], rest_penalty=[0.3], rest_preconditioner_scale=[100.0]),
+            *_grid(penalty=[20.0, 50.0], rest_penalty=[1.0], rest_preconditioner_scale=[100.0]),
+            *_grid(penalty=[50.0], rest_penalty=[0.1], rest_preconditioner_scale=[100.0, 300.0]),
+            *_grid(penalty=[50.0], momentum=[0.8, 0.98], rest_penalty=[0.3], rest_preconditioner_scale=[100.0]),
+            *_grid(
+                penalty=[50.0],
+                preconditioner_scale=[100.0, 500.0, 2000.0],
+                rest_penalty=[0.3],
+                rest_preconditioner_scale=[1000.0],
+            ),
+        ],
     },
     "cnn": {
-        "adamw_fused": [*_grid(lr=[3e-4, 1e-3, 3e-3])],
-        "muon": [*_grid(lr=[0.01, 0.02, 0.05], rest_lr=[1e-3])],
-        "sisa": [*_grid(penalty=[3.0, 10.0, 30.0], preconditioner_scale=[30.0, 300.0])],
-        "nsisa": [*_grid(penalty=[20.0, 50.0, 100.0], rest_penalty=[3.0, 10.0])],
+        "adamw_fused": [*_grid(lr=[3e-4, 1e-3, 3e-3, 1e-2])],
+        "muon": [*_grid(lr=[0.01, 0.02, 0.05, 0.1], rest_lr=[1e-3])],
+        "sisa": [
+            *_grid(penalty=[3.0, 10.0], preconditioner_scale=[30.0, 300.0]),
+            *_grid(penalty=[0.3, 1.0], preconditioner_scale=[300.0, 1000.0]),
+        ],
+        "nsisa": [
+            *_grid(penalty=[20.0, 50.0], rest_penalty=[1.0], rest_preconditioner_scale=[300.0]),
+            *_grid(penalty=[10.0], rest_penalty=[1.0], rest_preconditioner_scale=[300.0]),
+        ],
     },
 }
 
