@@ -16,19 +16,19 @@ BATCH = {"mlp": (64, 0), "cnn": (64, 0), "gpt": (8, 64)}  # samples a rank and s
 STEPS = {"mlp": 40, "cnn": 40, "gpt": 4}  # calls in a block
 PAIRS = [
     ("sisa", "adamw_foreach"),
-    ("sisa", "adamw_fused"),
-    ("sisa+overlap", "adamw_foreach"),
-    ("sisa+overlap", "adamw_fused"),
-    ("nsisa", "muon"),
-    ("nsisa+overlap", "muon"),
+    ("sisa+fused", "adamw_fused"),
+    ("sisa+overlap+fused", "adamw_foreach"),
+    ("sisa+overlap+fused", "adamw_fused"),
+    ("nsisa+fused", "muon"),
+    ("nsisa+overlap+fused", "muon"),
 ]
 COMPRESSED_PAIRS = [
-    ("sisa+overlap+bf16", "adamw_fused"),
-    ("sisa+overlap+int8", "adamw_fused"),
-    ("nsisa+overlap+bf16", "muon"),
-    ("nsisa+overlap+int8", "muon"),
+    ("sisa+overlap+fused+bf16", "adamw_fused"),
+    ("sisa+overlap+fused+int8", "adamw_fused"),
+    ("nsisa+overlap+fused+bf16", "muon"),
+    ("nsisa+overlap+fused+int8", "muon"),
 ]
-OPTIMIZER_PAIRS = [("sisa", "adamw_fused"), ("sisa", "adamw_foreach"), ("nsisa", "muon")]
+OPTIMIZER_PAIRS = [("sisa+fused", "adamw_fused"), ("sisa", "adamw_foreach"), ("nsisa", "muon")]
 # Bytes of float32 that an update must move: AdamW and SISA read weights, gradients and two states and write all but
 # the gradients. Muon and NSISA have one state less or as many, but their time goes into matrix products.
 LEAST_BYTES = 28

@@ -29,6 +29,7 @@ def parse(name: str) -> tuple[str, dict[str, Any]]:
     method, *options = name.split("+")
     keywords = {
         "overlap": {"overlap": True},
+        "fused": {"fused": True},
         "bf16": {"compression": "bf16"},
         "int8": {"compression": "int8"},
     }
@@ -39,7 +40,7 @@ class Method:
     """A model with its optimizers; `step` trains it on one batch, as a user's loop would.
 
     Args:
-        name: a key of DEFAULTS, with "+overlap", "+bf16" or "+int8" behind it.
+        name: a key of DEFAULTS, with "+overlap", "+fused", "+bf16" or "+int8" behind it.
         model: its weights are this method's alone.
         settings: override DEFAULTS. `rest` holds those of vectors, embeddings and the last layer; without it ours
             have one parameter group.
