@@ -301,8 +301,10 @@ class ADMMOptimizer(torch.optim.Optimizer):
 
     def _keep(self, slot: Slot, state: dict[str, Tensor]) -> None:
         """Store state that a step has replaced; that of a sharded parameter is sharded alike."""
-        kept = {name: sharded_like(slot.parameter, value) for name, value in state.items()}
-        self.state[slot.parameter].update(kept)
+        kept = self.state[slot.parameter]
+        for name, value in state.items():
+            if kept.get(name) is not value:
+                kept[name] = sharded_like(slot.parameter, value)
 
     def _refusals(self, sums: list[float]) -> list[float]:
         """With the faults and overflows of all shards, where a worker is several ranks: all must refuse alike."""
