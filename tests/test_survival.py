@@ -119,6 +119,7 @@ COMMON = (
     "dtype=float64",
     "eval_every=1",
     "checkpoint.every=3",
+    "vectorize=false",  # the model counts its calls, one a worker and round
 )
 ROUNDS = "rounds=12"
 
