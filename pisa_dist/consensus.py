@@ -35,7 +35,7 @@ class MessageBuffer:
         device: where it lives.
 
     Attributes:
-        flat: the whole buffer.
+        flat: the whole buffer, not filled.
         num_values: numbers in it before the scalars.
         tensors: views of it, one per shape.
         scalars: view of the scalars.
@@ -46,7 +46,7 @@ class MessageBuffer:
     ) -> None:
         sizes = [shape.numel() for shape in shapes]
         self.num_values = sum(sizes)
-        self.flat = torch.zeros(sum(sizes) + num_scalars, dtype=dtype, device=device)
+        self.flat = torch.empty(sum(sizes) + num_scalars, dtype=dtype, device=device)
         *pieces, self.scalars = torch.split(self.flat, [*sizes, num_scalars])
         self.tensors: list[Tensor] = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from pisa_dist.admm.fused import (
     StepSettings,
     can_fuse,
+    newton_schulz_message,
     second_moment_commit_,
     second_moment_message,
     second_moment_step_,
@@ -181,11 +182,25 @@ def send_local_step(
             state["dual"], state["second_moment"], gradient, fused, worker_weight=worker_weight, out=message
         )
         return None
+    rule = slot.preconditioner
+    if isinstance(rule, NewtonSchulz) and slot.is_compiled:
+        dual, buffer = newton_schulz_message(
+            state["dual"],
+            state["momentum_buffer"],
+            gradient,
+            rule,
+            penalty=settings.penalty,
+            preconditioner_scale=settings.preconditioner_scale,
+            worker_weight=worker_weight,
+            shape=slot.parameter.shape,
+            out=message,
+        )
+        return Outcome(dual, {"momentum_buffer": buffer})
     step = worker_step(
         state["dual"],
         {name: value for name, value in state.items() if name not in ("dual", RESIDUAL)},
         gradient,
-        preconditioner=slot.preconditioner,
+        preconditioner=rule,
         **settings._asdict(),
         worker_weight=worker_weight,
         shape=slot.parameter.shape,

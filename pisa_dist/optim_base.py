@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pisa_dist.admm.device import on_device
+from pisa_dist.admm.device import keep_freed_memory, on_device
 from pisa_dist.admm.preconditioners import Preconditioner
 from pisa_dist.admm.updates import state_dtype
 from pisa_dist.checks import check_ranges
@@ -69,6 +69,8 @@ class ADMMOptimizer(torch.optim.Optimizer):
         self._is_built = True
         self._agree(self.param_groups)
         self._refresh_plan()
+        if any(slot.parameter.device.type == "cpu" for slot in self._plan.slots):
+            keep_freed_memory()
 
     def _connect(self) -> None:
         """Everything that depends on the process group and cannot be copied."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pisa_dist.admm.device import keep_freed_memory
 from pisa_dist.algorithms.base import Tensors
 from pisa_dist.gradients import GradientPath, Sequential, Vectorized
 from pisa_dist.minibatches import Minibatches, ShardPool
@@ -67,7 +68,7 @@ def choose_path(
     """
     device = next(iter(weights.values())).device
     if device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     budget = _BLOCK_BYTES["cpu" if device.type == "cpu" else "cuda"]
     worker_bytes = _TENSORS_IN_FLIGHT * sum(w.nbytes for w in weights.values())
     block = max(1, budget // worker_bytes)
@@ -134,16 +135,6 @@ def require_agreement(
     ):
         if _distance(found, wanted) > tolerance:
             raise ValueError(f"its {what} under vmap differ from those of one worker at a time")
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep up to 64 MiB of freed memory instead of asking the kernel again for each of a round's tensors.
-
-    Freeing an allocation raises its threshold for giving memory back to twice that size (mallopt(3)), 32 MiB at most;
-    the page faults that this saves are a fifth of a round of 1,000 small workers. The memory itself is never touched.
-    """
-    memory = torch.empty(31 * 2**20, dtype=torch.uint8)
-    del memory
 
 
 def _first_batch(pool: ShardPool, batch_size: int, device: torch.device) -> Minibatches:

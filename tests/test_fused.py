@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pisa_dist import SISA
+from pisa_dist import NSISA, SISA
 from pisa_dist.admm.fused import COMPILED_FROM, PIECE, StepSettings, second_moment_commit_, second_moment_message
 from pisa_dist.admm.fused import second_moment_step_ as step_alone_
 from pisa_dist.admm.preconditioners import SecondMoment
@@ -79,6 +79,29 @@ def test_fused_passes_equal_the_equations(compiled, rule, dtype, device):
         torch.testing.assert_close(alone, moved, **tolerance)
         torch.testing.assert_close(dual, expected.dual, **tolerance)
         torch.testing.assert_close(moment, expected.preconditioner_state["second_moment"], **tolerance)
+
+
+@needs_compiler
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fused_nsisa_takes_the_same_steps(dtype):
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-13}
+    ends = []
+    for fused in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(64, 96), (96, 64), (8, 4, 3, 3), (64,)]
+        parameters = [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes]
+        optimizer = NSISA(
+            parameters, penalty=5.0, lr=0.5, consensus_l2=0.01, newton_schulz_precision="float32", fused=fused
+        )
+        for _ in range(4):
+            for p in parameters:
+                p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype)
+            optimizer.step()
+        states = [value for p in parameters for value in optimizer.state[p].values()]
+        ends.append([*parameters, *states])
+    for plain, fused in zip(*ends, strict=True):
+        torch.testing.assert_close(fused, plain, **tolerance)
 
 
 @needs_compiler

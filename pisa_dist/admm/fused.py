@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from pisa_dist.admm.device import on_device
+from pisa_dist.admm.preconditioners.newton_schulz import NewtonSchulz, momentum_update, nesterov_momentum
 from pisa_dist.admm.preconditioners.second_moment import SecondMoment
+from pisa_dist.admm.updates import dual_update, local_step, worker_message
 
 # Numbers in a piece, by measurement: a temporary stays in the cache, and is too small for malloc to map it anew.
 PIECE = 30000
@@ -111,6 +113,53 @@ def second_moment_step_(
     _work_off(_alone_kernel, (dual, second_moment, gradient, weights), constants, compiled=settings.compiled)
 
 
+def newton_schulz_message(
+    dual: Tensor,
+    momentum_buffer: Tensor,
+    gradient: Tensor,
+    rule: NewtonSchulz,
+    *,
+    penalty: float,
+    preconditioner_scale: float,
+    worker_weight: float,
+    shape: torch.Size,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`worker_step` with `NewtonSchulz`: a kernel, the iterations, a kernel; the same equations, compiled.
+
+    Args:
+        dual, momentum_buffer, gradient: pi, b, g before the step, float32; not changed.
+        rule: of the step.
+        penalty, preconditioner_scale, worker_weight: sigma, rho, alpha.
+        shape: the parameter's own shape.
+        out: where the message alpha (pi + sigma u) goes.
+
+    Returns:
+        The new dual and the new momentum buffer.
+    """
+    constants = (rule.momentum, rule.eps, penalty, preconditioner_scale, worker_weight)
+    numbers = on_device(constants, dtype=dual.dtype, device=dual.device)
+    buffer, averaged = _compiled(_before_iterations)(momentum_buffer, gradient, numbers)
+    direction = rule.orthogonalize(averaged, shape=shape)
+    new_dual, message = _compiled(_after_iterations)(dual, direction, numbers)
+    out.copy_(message)
+    return new_dual, buffer
+
+
+def _before_iterations(momentum_buffer: Tensor, gradient: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
+    momentum: Any = constants[0]
+    buffer = momentum_update(momentum_buffer, gradient, momentum=momentum)
+    return buffer, nesterov_momentum(buffer, gradient, momentum=momentum)
+
+
+def _after_iterations(dual: Tensor, direction: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
+    _, eps, penalty, scale, worker_weight = constants
+    q = (dual + direction).abs() + eps
+    displacement = local_step(dual, direction, penalty=penalty, preconditioner_scale=scale, preconditioner=q)
+    new_dual = dual_update(dual, displacement, penalty=penalty)
+    return new_dual, worker_message(new_dual, displacement, penalty=penalty, worker_weight=worker_weight)
+
+
 @lru_cache(maxsize=64)  # the same for all parameters of a group
 def _constants(settings: StepSettings, dtype: torch.dtype, device: torch.device, *more: float) -> Constants:
     """What `_local` takes, in its order, and what a kernel needs besides."""
@@ -174,5 +223,5 @@ def _local(
 
 
 @cache
-def _compiled(kernel: Callable[..., None]) -> Callable[..., None]:
-    return torch.compile(kernel, dynamic=True, fullgraph=True)
+def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(kernel, dynamic=True)
