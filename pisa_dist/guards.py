@@ -2,7 +2,7 @@
 
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,8 @@ import torch
 
 from pisa_dist.consensus import ConsensusError
 
-ON_DIVERGENCE = ("warn", "ignore")
+ON_DIVERGENCE = ("warn", "cut", "ignore")
+CUT = 0.5  # factor on lr
 
 # Over 24 healthy runs on digits (five methods, 5 to 100 % participation, batches of 1 to 500) a residual grew at most
 # 32-fold within 20 rounds but for recovery from dips, and the loss of 20 rounds never had a median above 1.1 times that
@@ -21,6 +22,7 @@ GROWTH = 100.0
 ABOVE_BEFORE = 10.0
 ABOVE_GUESSING = 1.5
 _CONFIRMED_BY = 3
+_QUANTITIES = ("primal residual", "dual residual", "loss")
 
 _SIGNS = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "bad_alloc")
 
@@ -45,9 +47,35 @@ class ResidualWatch:
     _recent: dict[str, deque[float]] = field(default_factory=dict, init=False, repr=False)
     _largest_before: dict[str, float] = field(default_factory=dict, init=False, repr=False)
     _said: set[str] = field(default_factory=set, init=False, repr=False)
+    _has_begun: bool = field(default=False, init=False, repr=False)
+
+    def numbers(self) -> list[float]:
+        """All that it remembers, for a checkpoint: with `recall` a resumed run speaks where the other would have."""
+        kept = [self.guessing_loss, float(self._has_begun)]
+        for name in _QUANTITIES:
+            recent = list(self._recent.get(name, ()))
+            kept += [float(name in self._said), self._largest_before.get(name, 0.0), len(recent)]
+            kept += recent + [0.0] * (WINDOW - len(recent))
+        return kept
+
+    def recall(self, numbers: Sequence[float]) -> None:
+        """Remember what `numbers` returned."""
+        self.guessing_loss, has_begun, *rest = numbers
+        self._has_begun = bool(has_begun)
+        for place, name in enumerate(_QUANTITIES):
+            said, before, count, *values = rest[place * (WINDOW + 3) : (place + 1) * (WINDOW + 3)]
+            self._said = self._said | {name} if said else self._said - {name}
+            self._largest_before[name] = before
+            self._recent[name] = deque(values[: round(count)], maxlen=WINDOW)
+
+    def forget(self) -> None:
+        """Begin anew, after a cut: only what guessing costs stays."""
+        self._recent.clear()
+        self._largest_before.clear()
+        self._said.clear()
 
     def feed(self, *, loss: float, primal_residual: float | None, dual_residual: float | None) -> str | None:
-        """Take in a round that was not refused; the line to print, None if all is well.
+        """Take in a round that was not refused; what is wrong in one line, None if all is well. See also `advice`.
 
         Args:
             loss: training loss in this round.
@@ -58,7 +86,7 @@ class ResidualWatch:
         lines.append(self._about_residual("dual residual", dual_residual))
         lines.append(self._about_loss(loss))
         said = [line for line in lines if line is not None]
-        return f"{'; '.join(said)}: {self._advice()}" if said else None
+        return "; ".join(said) or None
 
     def _remember(self, name: str, value: float) -> deque[float]:
         recent = self._recent.setdefault(name, deque(maxlen=WINDOW))
@@ -79,7 +107,8 @@ class ResidualWatch:
         return f"the {name} has grown {growth:.3g}-fold in {len(recent)} rounds"
 
     def _about_loss(self, value: float) -> str | None:
-        if not self._recent.get("loss"):
+        if not self._has_begun:
+            self._has_begun = True
             self.guessing_loss = max(self.guessing_loss, value)
         recent = self._remember("loss", value)
         if "loss" in self._said or len(recent) < _CONFIRMED_BY:
@@ -94,7 +123,8 @@ class ResidualWatch:
         self._said.add("loss")
         return f"{what}, and that of guessing is {self.guessing_loss:.3g}"
 
-    def _advice(self) -> str:
+    def advice(self) -> str:
+        """What to set otherwise."""
         penalty, lr = (self.knobs.get(name) for name in ("penalty", "lr"))
         options = [] if penalty is None else [f"raise algorithm.penalty (now {penalty:g})"]
         options += [] if lr is None else [f"lower algorithm.lr (now {lr:g})"]

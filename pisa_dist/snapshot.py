@@ -13,10 +13,10 @@ from torch import Tensor
 from pisa_dist.algorithms.base import State
 from pisa_dist.trainer import Trainer, TrainingState
 
-FORMAT = 1
+FORMAT = 2
 RESIZE = ("refuse", "resplit", "drop")
 _INTEGERS = ("round_number", "samples_seen", "bytes_sent", "loss_rounds")
-_FLOATS = ("seconds", "loss_sum")
+_FLOATS = ("seconds", "loss_sum", "lr_factor")
 _KINDS: dict[str, type] = {
     "algorithm": str,
     "choices": dict,
@@ -126,6 +126,7 @@ def flatten(state: TrainingState, hosted: Sequence[int]) -> Flat:
     # Every rank has a time of its own; that of the first, which writes the metrics, is the run's.
     floats = [name for name in _FLOATS if name != "seconds" or 0 in hosted]
     flat |= {f"counters/{name}": torch.tensor(getattr(state, name), dtype=torch.float64) for name in floats}
+    flat["counters/watch"] = torch.tensor(state.watch, dtype=torch.float64)
     return {key: value.detach().to("cpu", copy=True) for key, value in flat.items()}
 
 
@@ -178,6 +179,7 @@ def restore(flat: Mapping[str, Tensor], trainer: Trainer) -> TrainingState:
         shared=shared,
         workers=workers,
         num_participations=num_participations,
+        watch=take("counters/watch").tolist(),
         **counters,
     )
 

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from pisa_dist.data.sampling import draw_participants, hosted_workers, num_prese
 from pisa_dist.exchange import LocalRound, Work, make_exchange
 from pisa_dist.faults import describe_weights
 from pisa_dist.gradients import RoundGradients
-from pisa_dist.guards import Footprint, ResidualWatch, explain_out_of_memory
+from pisa_dist.guards import CUT, Footprint, ResidualWatch, explain_out_of_memory
 from pisa_dist.metrics import evaluate
 from pisa_dist.minibatches import Section, ShardPool, Stack
 from pisa_dist.robust import check_consensus
@@ -38,6 +39,8 @@ class TrainingState:
             hosted, so that the number does not depend on the layout.
         seconds: time spent in rounds and evaluations, over all sessions of the run.
         loss_sum, loss_rounds: training loss since the last evaluation.
+        lr_factor: what is left of the method's `lr` after cuts.
+        watch: what the watch for divergence remembers.
     """
 
     weights: Tensors
@@ -51,6 +54,8 @@ class TrainingState:
     seconds: float = 0.0
     loss_sum: float = 0.0
     loss_rounds: int = 0
+    lr_factor: float = 1.0
+    watch: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,8 @@ class Trainer:
         )
         self._alpha = torch.tensor(self.worker_weight, dtype=torch.float64)
         self._device = next(iter(weights.values())).device
-        self._watch = ResidualWatch(math.log(self.test.num_classes), vars(self.algorithm))
+        if self.plan.on_divergence == "cut" and "lr" not in vars(self.algorithm):
+            raise ValueError(f"`on_divergence` cut needs a method with an lr, algorithm={self.algorithm.name} has none")
         self._exchange = make_exchange(
             self.plan.consensus, self.plan.consensus_trim, consensus=self.consensus, num_workers=num_workers
         )
@@ -208,7 +214,7 @@ class Trainer:
             problem, result = total.problem, None
             if problem is None:
                 # What a method makes of the sum depends on no worker: any part's round will do.
-                result = self.algorithm.consensus(local.works[0].round_, total.message, self.state.shared)
+                result = self.method.consensus(local.works[0].round_, total.message, self.state.shared)
                 problem = describe_weights(result.weights)
             outcome = RoundOutcome(total.loss, problem=problem, stopped=total.is_stopping)
             if problem is not None and self.plan.on_nonfinite == "raise":
@@ -220,14 +226,35 @@ class Trainer:
             self._commit(local.works, result, total.buffers)
         self.state.loss_sum += outcome.train_loss
         self.state.loss_rounds += 1
-        warning = None
-        if self.plan.on_divergence == "warn":
-            warning = self._watch.feed(
-                loss=outcome.train_loss, primal_residual=residuals[0], dual_residual=residuals[1]
-            )
+        warning = self._warning(outcome.train_loss, *residuals)
         return replace(
             outcome, penalty=result.penalty, primal_residual=residuals[0], dual_residual=residuals[1], warning=warning
         )
+
+    @property
+    def method(self) -> Algorithm:
+        """The method as it is now: `algorithm`, with the step that is left of it after cuts."""
+        factor = self.state.lr_factor
+        if factor == 1.0:
+            return self.algorithm
+        changed: dict[str, Any] = {"lr": factor * vars(self.algorithm)["lr"]}
+        return replace(self.algorithm, **changed)
+
+    def _warning(self, loss: float, primal: float | None, dual: float | None) -> str | None:
+        """What the log is to say if training diverges; cuts the step where the plan wants it."""
+        if self.plan.on_divergence == "ignore":
+            return None
+        watch = ResidualWatch(math.log(self.test.num_classes), vars(self.method))
+        if self.state.watch:
+            watch.recall(self.state.watch)
+        problem = watch.feed(loss=loss, primal_residual=primal, dual_residual=dual)
+        advice = watch.advice()
+        if problem is not None and self.plan.on_divergence == "cut":
+            self.state.lr_factor *= CUT
+            watch.forget()
+            advice = f"algorithm.lr is cut to {vars(self.method)['lr']:g}"
+        self.state.watch = watch.numbers()
+        return None if problem is None else f"{problem}: {advice}"
 
     def evaluate(self, outcome: RoundOutcome) -> dict[str, float | int | None]:
         """The metrics line of the round that `outcome` belongs to; `train_loss` is the mean since the last line."""
@@ -304,7 +331,7 @@ class Trainer:
             num_participations=(self.state.num_participations[rows] + 1).to(self._device),
             gradients=gradients,
         )
-        return Work(rows, round_, gradients, self.algorithm.local_work(round_, self._rows(rows)))
+        return Work(rows, round_, gradients, self.method.local_work(round_, self._rows(rows)))
 
     def _alpha_of(self, rows: Sequence[int]) -> Tensor:
         return self._alpha[[self.hosted[row] for row in rows]].to(self._device)
@@ -315,7 +342,7 @@ class Trainer:
         return {name: {kind: v[chosen] for kind, v in kinds.items()} for name, kinds in self.state.workers.items()}
 
     def _standing_message(self, rows: Sequence[int]) -> Tensors:
-        return self.algorithm.standing_message(
+        return self.method.standing_message(
             self._rows(rows), self._alpha_of(rows), round_number=self.state.round_number + 1
         )
 

@@ -199,7 +199,7 @@ BAD_RESUMES: dict[str, tuple[str, ...]] = {
     "algorithm.preconditioner=adagrad": ("its choices is preconditioner adam, this run's is preconditioner adagrad",),
     "resume=synchronous algorithm=synchronous algorithm.optimizer=SGD": ("optimizer AdamW", "optimizer SGD"),
     "resume=nsisa algorithm=nsisa algorithm.sisa_parameters=[layers.1.weight]": ("workers/0/layers.1.weight/",),
-    "seed=1": ("its seed is 0, this run's is 1",),
+    "seed=1": ("its seed is 0, this run's is 2",),
     "data.num_train=90": ("its shard_sizes is [34, 33, 33], this run's is [30, 30, 30]",),
     "split=dirichlet": ("its shard_sizes is",),
     "algorithm=fedavg resume=auto run_dir=run": ("its algorithm is sisa, this run's is fedavg",),
@@ -278,9 +278,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused_with_a_warning_for_e
 
 # What a checkpoint says of itself, with checksums to match: written by another version, or by hand.
 BAD_CONTENTS: dict[str, tuple[object, str]] = {
-    "a newer format": ({"format": 99}, "its format is 99, this run's is 1: use the version of pisa_dist that wrote it"),
-    "no format": ({"format": None}, "its format is None, this run's is 1"),
-    "a format of another type": ({"format": "1"}, "its format is '1', this run's is 1"),
+    "a newer format": ({"format": 99}, "its format is 99, this run's is 2: use the version of pisa_dist that wrote it"),
+    "no format": ({"format": None}, "its format is None, this run's is 2"),
+    "a format of another type": ({"format": "1"}, "its format is '1', this run's is 2"),
     "a round of another type": ({"round": "two"}, "round in contents.json must be of type int, got 'two'"),
     "no round": ({"round": None}, "round in contents.json must be of type int, got None"),
     "workers of another type": ({"num_workers": "3"}, "num_workers in contents.json must be of type int, got '3'"),

@@ -281,7 +281,7 @@ def test_inspect_shows_round_workers_duals_and_their_sum(tmp_path, capsys):
         ({"num_workers": 7}, "its num_workers is 7, this run's is 5: set num_workers to that, or allow the change"),
         ({"seed": 7}, "its seed is 7, this run's is 0: set seed to that"),
         ({"shard_sizes": [1, 2]}, r"its shard_sizes is \[1, 2\], this run's is .*: set data and split"),
-        ({"format": 99}, "its format is 99, this run's is 1: use the version of pisa_dist that wrote it"),
+        ({"format": 99}, "its format is 99, this run's is 2: use the version of pisa_dist that wrote it"),
         (
             {"tensors": {"0.weight": [[8, 9], "torch.float64"]}},
             r"its tensors is 0\.weight \[\[8, 9\].*0\.weight \[\[8, 4\]",

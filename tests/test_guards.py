@@ -12,6 +12,7 @@ from torch import nn
 
 from pisa_dist.algorithms import ALGORITHMS
 from pisa_dist.algorithms.pisa import Pisa
+from pisa_dist.checkpoint import Checkpointer, load, newest
 from pisa_dist.consensus import AllReduce, ConsensusError
 from pisa_dist.data.datasets import digits
 from pisa_dist.data.splits import label_k
@@ -33,7 +34,11 @@ def warnings_of(values, *, losses=None, knobs=None):
     for number, (value, loss) in enumerate(zip(values, losses, strict=True), 1):
         line = watch.feed(loss=loss, primal_residual=value, dual_residual=None)
         if line is not None:
-            found.append((number, line))
+            found.append((number, f"{line}: {watch.advice()}"))
+        # As if the run were stopped and resumed here.
+        again = ResidualWatch(math.log(10), knobs or {})
+        again.recall(watch.numbers())
+        watch = again
     return found
 
 
@@ -131,6 +136,40 @@ def test_the_alarm_comes_before_the_overflow_and_can_be_turned_off():
     assert "primal residual has grown" in outcomes[first_warning].warning
     ignored = exploding_trainer(on_nonfinite="skip", on_divergence="ignore")
     assert not any(outcome.warning for _, outcome, _ in ignored.run())
+
+
+def test_a_cut_halves_the_step_until_training_is_stable_and_survives_a_checkpoint(tmp_path):
+    settings = {**HEALTHY["digits_label1"][1], "penalty": 0.02}
+
+    def trained(on_divergence, *, rounds, resume=None):
+        trainer = digits_trainer(ALGORITHMS["sisa"](**settings), rounds=rounds, on_divergence=on_divergence)
+        if resume is not None:
+            load(trainer, newest(resume))
+        return trainer, [outcome for _, outcome, _ in trainer.run()]
+
+    def end(outcomes):
+        return sum(outcome.train_loss for outcome in outcomes[-10:]) / 10
+
+    cut, outcomes = trained("cut", rounds=110)
+    said = [outcome.warning for outcome in outcomes if outcome.warning]
+    assert len(said) == 2
+    assert said[0].endswith("algorithm.lr is cut to 0.5")
+    assert said[1].endswith("algorithm.lr is cut to 0.25")
+    assert cut.state.lr_factor == 0.25
+    assert cut.algorithm.lr == 1.0, "what was configured stays"
+    warned, others = trained("warn", rounds=110)
+    assert warned.state.lr_factor == 1.0
+    assert end(outcomes) < 0.2 * end(others)
+    # Stopped within what the watch remembers, before the first cut and after it.
+    first = next(number for number, outcome in enumerate(outcomes, start=1) if outcome.warning)
+    for stop in (first - 1, first + 3):
+        part, _ = trained("cut", rounds=stop)
+        with Checkpointer(tmp_path / str(stop)) as checkpointer:
+            checkpointer.save(part)
+        rest, later = trained("cut", rounds=110, resume=tmp_path / str(stop))
+        assert [outcome.warning for outcome in later] == [outcome.warning for outcome in outcomes[stop:]]
+        assert rest.state.lr_factor == cut.state.lr_factor
+        assert all(torch.equal(rest.state.weights[n], w) for n, w in cut.state.weights.items())
 
 
 # Sums and weights that overflow

@@ -21,10 +21,10 @@ SEEDS = [0, 1, 2]
 TUNING_SEED = 100
 METHODS = {
     "sisa": ([], [[]]),
-    "synchronous AdamW": (["algorithm=synchronous"], [[f"algorithm.lr={lr}"] for lr in (0.001, 0.003, 0.01)]),
+    "synchronous AdamW": (["algorithm=synchronous"], [[f"algorithm.lr={lr}"] for lr in (0.001, 0.003, 0.01, 0.03)]),
     "fedavg, 8 local steps of 8": (
         ["algorithm=fedavg", "local_steps=8", "batch_size=8"],
-        [[f"algorithm.lr={lr}"] for lr in (0.01, 0.03, 0.1)],
+        [[f"algorithm.lr={lr}"] for lr in (0.01, 0.03, 0.1, 0.3)],
     ),
 }
 
