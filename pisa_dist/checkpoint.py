@@ -101,8 +101,7 @@ class Checkpointer:
     def save(self, trainer: Trainer) -> None:
         """Begin to write the trainer's state as round_NNNNNN, after the one before is complete.
 
-        A checkpoint that could not be written (a full disk) is a warning on rank 0: training goes on, and so do the
-        checkpoints that exist.
+        One that could not be written (a full disk) is a warning on rank 0, and training goes on.
         """
         self.wait()
         state, about = flatten(trainer.state, trainer.hosted), contents(trainer)
@@ -297,7 +296,7 @@ def load(trainer: Trainer, path: Path, *, resize: str = "refuse") -> None:
 
 
 def inspect(path: Path) -> str:
-    """A page about a checkpoint: round, workers, norm of each dual, and the sum of the weighted duals."""
+    """A page about a checkpoint: round, workers, norm of each dual, and of the sum of the weighted duals."""
     about = read_contents(path)
     numbers = [f"{key:16} {about[key]}" for key in ("format", "algorithm", "round", "num_workers")]
     numel = sum(torch.Size(shape).numel() for shape, _ in about["tensors"].values())
@@ -306,21 +305,31 @@ def inspect(path: Path) -> str:
         f"{'numbers':16} {numel} in {len(about['tensors'])} tensors",
         f"{'files':16} {damage(path) or 'whole'}",
     ]
-    duals = [key for key in _tensor_keys(path) if key.endswith("/dual")]
-    if duals:
-        total: dict[str, Tensor] = {}
-        lines.append("worker  weight   norm of its dual")
-        for worker, weight in enumerate(about["worker_weight"]):
-            square = 0.0
-            for key in (key for key in duals if key.startswith(f"workers/{worker}/")):
-                dual = _read_alone(path, key).double()
-                square += float(dual.square().sum())
-                name = key.split("/")[2]
-                total[name] = total.get(name, torch.zeros_like(dual)) + weight * dual
-            lines.append(f"{worker:6}  {weight:6.4f}   {square**0.5:.6g}")
-        norm = sum(float(t.square().sum()) for t in total.values()) ** 0.5
-        lines.append(f"norm of sum_i alpha_i pi_i: {norm:.6g} (0 at a fixed point without consensus_l2)")
+    try:
+        lines += _about_duals(path, about["worker_weight"])
+    except _UNREADABLE as error:
+        if damage(path) is None:
+            raise
+        lines.append(f"{'duals':16} cannot be read: {_last_line(error)}")
     return "\n".join(lines)
+
+
+def _about_duals(path: Path, worker_weight: Sequence[float]) -> list[str]:
+    duals = [key for key in _tensor_keys(path) if key.endswith("/dual")]
+    if not duals:
+        return []
+    total: dict[str, Tensor] = {}
+    lines = ["worker  weight   norm of its dual"]
+    for worker, weight in enumerate(worker_weight):
+        square = 0.0
+        for key in (key for key in duals if key.startswith(f"workers/{worker}/")):
+            dual = _read_alone(path, key).double()
+            square += float(dual.square().sum())
+            name = key.split("/")[2]
+            total[name] = total.get(name, torch.zeros_like(dual)) + weight * dual
+        lines.append(f"{worker:6}  {weight:6.4f}   {square**0.5:.6g}")
+    norm = sum(float(t.square().sum()) for t in total.values()) ** 0.5
+    return [*lines, f"norm of sum_i alpha_i pi_i: {norm:.6g} (0 at a fixed point without consensus_l2)"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
