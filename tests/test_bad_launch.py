@@ -199,7 +199,7 @@ BAD_RESUMES: dict[str, tuple[str, ...]] = {
     "algorithm.preconditioner=adagrad": ("its choices is preconditioner adam, this run's is preconditioner adagrad",),
     "resume=synchronous algorithm=synchronous algorithm.optimizer=SGD": ("optimizer AdamW", "optimizer SGD"),
     "resume=nsisa algorithm=nsisa algorithm.sisa_parameters=[layers.1.weight]": ("workers/0/layers.1.weight/",),
-    "seed=1": ("its seed is 0, this run's is 2",),
+    "seed=1": ("its seed is 0, this run's is 1",),
     "data.num_train=90": ("its shard_sizes is [34, 33, 33], this run's is [30, 30, 30]",),
     "split=dirichlet": ("its shard_sizes is",),
     "algorithm=fedavg resume=auto run_dir=run": ("its algorithm is sisa, this run's is fedavg",),
