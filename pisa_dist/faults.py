@@ -26,13 +26,10 @@ class Fault:
     @staticmethod
     def find(gradients: Sequence[Tensor], *, worker: int) -> "Fault | None":
         """The fault in one worker's gradients, None where all numbers are finite. Waits for the device once."""
-        filled = [g for g in gradients if g.numel()]
-        if not filled:
+        if not gradients:
             return None
-        if bool(torch.stack(largest(filled)).isfinite().all()):
-            return None
-        parameter = next(i for i, g in enumerate(gradients) if not bool(g.isfinite().all()))
-        return Fault(worker, parameter)
+        first = float(first_bad(gradients, range(len(gradients))))
+        return Fault(worker, int(first)) if math.isfinite(first) else None
 
 
 def largest(tensors: Sequence[Tensor]) -> list[Tensor]:
