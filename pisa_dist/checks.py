@@ -80,6 +80,7 @@ RANGES: dict[str, Range] = {
     "max_seconds": _positive(),
     "timeout_seconds": Range(1.0),
     "num_train": _count(),
+    "validation_fraction": Range(0.0, 1.0),
     "labels_per_worker": _count(),
     "dirichlet_concentration": Range(0.0, 1e6, low_included=False, high_included=True),
     "noise_level": Range(0.0),

@@ -25,7 +25,16 @@ from pisa_dist.preemption import Preempted, StopRequest
 from pisa_dist.progress import Progress
 from pisa_dist.report import draw_run
 from pisa_dist.rundir import RunDirectory
-from pisa_dist.schema import DTYPES, Config, CustomData, FeatureNoiseSplit, LibsvmData, WandbTracking, target_arguments
+from pisa_dist.schema import (
+    DTYPES,
+    Config,
+    CustomData,
+    DataConfig,
+    FeatureNoiseSplit,
+    LibsvmData,
+    WandbTracking,
+    target_arguments,
+)
 from pisa_dist.tracking import NoTracker, Tracker, make_tracker
 from pisa_dist.trainer import Trainer, TrainingPlan
 
@@ -120,9 +129,12 @@ def _train(
         draw_run(files.path)
 
 
-def load_data(config: Config) -> TrainTest:
-    """The configured data set, in the run's floating type, on the CPU; its training part cut to `data.num_train`."""
-    data = config.data
+def read_data(data: DataConfig) -> TrainTest:
+    """The whole data set, as its files hold it.
+
+    Raises:
+        ValueError, FileNotFoundError: it is damaged or not there; one line that names the file.
+    """
     loaders: dict[str, Callable[[], TrainTest]] = {
         "digits": datasets.digits,
         "mnist": partial(datasets.mnist, data.root),
@@ -130,13 +142,28 @@ def load_data(config: Config) -> TrainTest:
         "cifar10": partial(datasets.cifar10, data.root),
     }
     if isinstance(data, CustomData):
-        train, test = datasets.custom(data._target_, target_arguments(data))
-    elif isinstance(data, LibsvmData):
-        train, test = datasets.libsvm(data.train_file, data.test_file)
-    else:
-        train, test = loaders[data.name]()
+        return datasets.custom(data._target_, target_arguments(data))
+    if isinstance(data, LibsvmData):
+        return datasets.libsvm(data.train_file, data.test_file)
+    return loaders[data.name]()
+
+
+def load_data(config: Config, read: Callable[[DataConfig], TrainTest] = read_data) -> TrainTest:
+    """The configured data set, in the run's floating type, on the CPU.
+
+    The training part is cut to `data.num_train`. With `data.validation_fraction` a part of that takes the place of the
+    test set, which is dropped.
+
+    Args:
+        config: the run.
+        read: reads the whole set; a caller of many runs passes one that remembers.
+    """
+    data = config.data
+    train, test = read(data)
     if data.num_train is not None:
         train = datasets.subset(train, data.num_train, seed=config.seed)
+    if data.validation_fraction > 0:
+        train, test = datasets.hold_out(train, data.validation_fraction, seed=config.seed)
     return TrainTest(*(_placed(part, dtype=DTYPES[config.dtype]) for part in (train, test)))
 
 
@@ -205,6 +232,19 @@ def _source(config: Config, path: Path) -> Path | None:
     if found is None:
         RunDirectory(path).require_restart(len(checkpoint.complete(path)))
     return found
+
+
+def trainer_alone(config: Config, data: TrainTest) -> Trainer:
+    """The run's trainer with all workers in this process, for callers that want no run directory.
+
+    Args:
+        config: checked by `schema.validate`.
+        data: what `load_data` returns for it.
+
+    Raises:
+        ValueError: the split or the model does not fit the data.
+    """
+    return _make_trainer(config, data, split_data(config, data.train), make_consensus())
 
 
 def _make_trainer(config: Config, data: TrainTest, parts: Parts, consensus: Consensus) -> Trainer:

@@ -41,11 +41,15 @@ def _check_option(group: str, config: Any) -> None:
 
 @dataclass
 class DataConfig:
-    """A data set. `num_train` takes a seeded subset of the training samples, null all of them."""
+    """A data set. `num_train` takes a seeded subset of the training samples, null all of them.
+
+    `validation_fraction` > 0 holds that part of them out, in place of the test set, which is then not looked at.
+    """
 
     name: str = MISSING
     root: str | None = None
     num_train: int | None = None
+    validation_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         _check_option("data", self)

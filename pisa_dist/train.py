@@ -58,6 +58,26 @@ def register_schemas() -> None:
             store.store(group=group, name=f"{option}_schema", node=schema)
 
 
+def compose_config(overrides: Sequence[str]) -> Config:
+    """The checked configuration of `pisa-train OVERRIDES...`, in this process and without training.
+
+    Args:
+        overrides: KEY=VALUE as on the command line.
+
+    Raises:
+        ValueError: one line, as `pisa-train` would print it.
+    """
+    register_schemas()
+    try:
+        _refuse_empty_groups(overrides)
+        with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
+            config = to_config(hydra.compose("config", overrides=list(overrides)))
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ValueError(_one_line(error)) from error
+    validate(config)
+    return config
+
+
 def main() -> None:
     """Compose the configuration from `sys.argv`, check it and train; a sweep with `--multirun` does so job by job.
 

@@ -26,6 +26,8 @@ _MNIST_SCALE = ((0.1307,), (0.3081,))
 _FASHION_MNIST_SCALE = ((0.2860,), (0.3530,))
 _CIFAR10_SCALE = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
+_HELD_OUT = 3  # first word of the key of the validation set's draw
+
 _IDX_FILES = (
     "train-images-idx3-ubyte",
     "train-labels-idx1-ubyte",
@@ -279,6 +281,29 @@ def subset(dataset: Dataset, num_samples: int, *, seed: int) -> Dataset:
         raise ValueError(f"`seed` must be >= 0, got {seed}")
     chosen = np.random.Generator(np.random.PCG64(seed)).permutation(len(dataset))[:num_samples]
     return dataset.select(np.sort(chosen))
+
+
+def hold_out(dataset: Dataset, fraction: float, *, seed: int) -> TrainTest:
+    """A seeded random part of the training samples as validation set, the rest as training set; order is kept.
+
+    The part does not depend on anything but the number of samples, `fraction` and `seed`.
+
+    Args:
+        dataset: n training samples, unchanged.
+        fraction: in (0, 1); the nearest integer to fraction * n samples are held out.
+        seed: >= 0.
+
+    Raises:
+        ValueError: one of the two parts would be empty.
+    """
+    num_held = round(fraction * len(dataset))
+    if not 1 <= num_held < len(dataset):
+        raise ValueError(
+            f"`data.validation_fraction` must hold out between 1 and {len(dataset) - 1} of {len(dataset)} training "
+            f"samples, got {fraction!r}, which is {num_held}"
+        )
+    order = np.random.default_rng([_HELD_OUT, seed]).permutation(len(dataset))
+    return TrainTest(dataset.select(np.sort(order[num_held:])), dataset.select(np.sort(order[:num_held])))
 
 
 def _idx_set(

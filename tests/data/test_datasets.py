@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pisa_dist.data import datasets
-from pisa_dist.data.datasets import Dataset, digits, subset
+from pisa_dist.data.datasets import Dataset, digits, hold_out, subset
 
 Refused = Callable[[type[Exception], Callable[[], object]], str]
 
@@ -97,3 +97,26 @@ def test_digits_are_real_stratified_and_always_the_same() -> None:
     assert len(rows & {tuple(row) for row in test.inputs.flatten(1).tolist()}) == 0
     train.validate("digits")
     test.validate("digits")
+
+
+@pytest.mark.parametrize(("fraction", "num_held"), [(0.2, 2), (0.26, 3), (0.9, 9)])
+def test_holding_out_parts_the_samples_keeps_their_order_and_depends_on_the_seed(fraction: float, num_held: int) -> None:
+    dataset = Dataset(torch.arange(10.0)[:, None], torch.arange(10), num_classes=10)
+    train, held = hold_out(dataset, fraction, seed=3)
+    assert len(held) == num_held
+    assert sorted(train.targets.tolist() + held.targets.tolist()) == list(range(10))
+    for part in (train, held):
+        assert part.targets.tolist() == sorted(part.targets.tolist())
+        assert torch.equal(part.inputs[:, 0], part.targets.float())
+    assert torch.equal(held.targets, hold_out(dataset, fraction, seed=3).test.targets)
+    others = [hold_out(dataset, fraction, seed=seed).test.targets.tolist() for seed in range(8)]
+    assert any(other != held.targets.tolist() for other in others)
+
+
+@pytest.mark.parametrize(("fraction", "num_held"), [(0.01, 0), (0.99, 10)])
+def test_holding_out_nothing_or_everything_is_refused(refused: Refused, fraction: float, num_held: int) -> None:
+    dataset = Dataset(torch.arange(10.0)[:, None], torch.arange(10), num_classes=10)
+    assert refused(ValueError, lambda: hold_out(dataset, fraction, seed=0)) == (
+        "`data.validation_fraction` must hold out between 1 and 9 of 10 training samples, "
+        f"got {fraction}, which is {num_held}"
+    )
