@@ -38,6 +38,7 @@ LAYERS = (
     ("schema",),
     ("runner",),
     ("train",),
+    ("benchmark",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -100,7 +100,9 @@ def test_digits_are_real_stratified_and_always_the_same() -> None:
 
 
 @pytest.mark.parametrize(("fraction", "num_held"), [(0.2, 2), (0.26, 3), (0.9, 9)])
-def test_holding_out_parts_the_samples_keeps_their_order_and_depends_on_the_seed(fraction: float, num_held: int) -> None:
+def test_holding_out_parts_the_samples_keeps_their_order_and_depends_on_the_seed(
+    fraction: float, num_held: int
+) -> None:
     dataset = Dataset(torch.arange(10.0)[:, None], torch.arange(10), num_classes=10)
     train, held = hold_out(dataset, fraction, seed=3)
     assert len(held) == num_held

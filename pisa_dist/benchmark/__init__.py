@@ -1,0 +1,1 @@
+"""Benchmarks of methods against each other: `python -m pisa_dist.benchmark heterogeneity`."""

@@ -1,0 +1,95 @@
+"""The methods of the heterogeneity benchmark and the settings that each is tuned over. A new one is one entry."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pisa_dist.algorithms import ALGORITHMS
+from pisa_dist.benchmark.protocols import LOCAL, ONE_STEP
+
+Setting = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method with its overrides.
+
+    Attributes:
+        label: what tables and figures call it.
+        overrides: what it is, in every protocol and cell.
+        settings: what it is tuned over; a single one is taken as it is.
+        kind: LOCAL or ONE_STEP: how it spends a round.
+        ours: whether it belongs to PISA's family, whose members do not count as each other's rivals.
+        settings_in: settings of single protocols, in place of `settings`.
+    """
+
+    label: str
+    overrides: Setting
+    settings: Sequence[Setting] = ((),)
+    kind: str = LOCAL
+    ours: bool = False
+    settings_in: Mapping[str, Sequence[Setting]] = field(default_factory=dict)
+
+    def settings_for(self, protocol: str) -> Sequence[Setting]:
+        """What it is tuned over in this protocol."""
+        return self.settings_in.get(protocol, self.settings)
+
+
+def _lr(*values: float, also: Setting = ()) -> list[Setting]:
+    return [(f"algorithm.lr={value:g}", *also) for value in values]
+
+
+def _local_sgd(name: str, label: str, *, momentum: bool = False) -> Method:
+    """Local SGD; NIID-Bench gives it lr .01 and momentum .9, which is a long-run step of .1."""
+    niid = _lr(0.003, 0.01, 0.03, also=("algorithm.momentum=0.9",)) if momentum else _lr(0.03, 0.1, 0.3)
+    return Method(label, (f"algorithm={name}",), _lr(0.01, 0.03, 0.1), settings_in={"niid": niid})
+
+
+def _synchronous(optimizer: str, settings: Sequence[Setting], *options: str) -> Method:
+    extra = tuple(f"+algorithm.optimizer_options.{option}" for option in options)
+    overrides = ("algorithm=synchronous", f"algorithm.optimizer={optimizer}", *extra)
+    return Method(f"synchronous {optimizer}", overrides, settings, kind=ONE_STEP)
+
+
+METHODS: dict[str, Method] = {
+    "pisa": Method("PISA, local steps", ("algorithm=pisa_local",), ours=True),
+    "pisa_tuned": Method(
+        "PISA, local steps, tuned",
+        ("algorithm=pisa_local",),
+        [("algorithm.penalty=20", "algorithm.lr=0.001"), ("algorithm.penalty=100",), ("algorithm.penalty=300",)],
+        ours=True,
+    ),
+    "sisa": Method(
+        "SISA", ("algorithm=sisa",), [(f"algorithm.penalty={p}",) for p in (0.5, 2, 8)], kind=ONE_STEP, ours=True
+    ),
+    "synchronous_adamw": _synchronous("AdamW", _lr(0.001, 0.003, 0.01)),
+    "synchronous_sgd": _synchronous("SGD", _lr(0.03, 0.1, 0.3), "momentum=0.9"),
+    "synchronous_muon": _synchronous("Muon", _lr(0.003, 0.01, 0.03)),
+    "fedavg": _local_sgd("fedavg", "FedAvg", momentum=True),
+    "fedprox": _local_sgd("fedprox", "FedProx", momentum=True),
+    "scaffold": _local_sgd("scaffold", "SCAFFOLD"),
+    **({"fednova": _local_sgd("fednova", "FedNova")} if "fednova" in ALGORITHMS else {}),
+    "feddyn": _local_sgd("feddyn", "FedDyn"),
+    "mifa": _local_sgd("mifa", "MIFA"),
+    "diloco": Method("DiLoCo", ("algorithm=diloco",), _lr(0.0003, 0.001, 0.003)),
+}
+
+
+def check_methods(names: Sequence[str]) -> None:
+    """Refuse a name that is not in the table.
+
+    Raises:
+        ValueError: one line that lists the known ones.
+    """
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f"--method must be of {', '.join(METHODS)}, got {name!r}")
+
+
+def label(name: str) -> str:
+    """What a method is called; its name for one that is no longer in the table."""
+    return METHODS[name].label if name in METHODS else name
+
+
+def is_ours(name: str) -> bool:
+    """Whether a method belongs to PISA's family."""
+    return name in METHODS and METHODS[name].ours

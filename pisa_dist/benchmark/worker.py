@@ -1,0 +1,72 @@
+"""One run of a benchmark, in one of its processes: overrides in, numbers out, no file."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from pisa_dist.benchmark.pool import one_line
+from pisa_dist.data.datasets import TrainTest
+from pisa_dist.runner import load_data, read_data, trainer_alone
+from pisa_dist.schema import SCHEMAS, DataConfig
+from pisa_dist.train import compose_config
+
+
+def execute(overrides: Sequence[str]) -> dict[str, Any]:
+    """Train as `pisa-train OVERRIDES...` does, without a run directory.
+
+    Returns:
+        `status` (ok or failed), `error` (one line or None), `rounds`, `passes`, `bytes_sent`, `seconds`,
+        `accuracies` ([round, accuracy] of every evaluation), `last_accuracy` and `best_accuracy`. A run that fails has
+        the evaluations until then, and None as last and best accuracy.
+    """
+    torch.set_num_threads(1)
+    accuracies: list[tuple[int, float]] = []
+    trainer, error, num_train = None, None, 0
+    try:
+        config = compose_config(overrides)
+        data = load_data(config, _read)
+        num_train = len(data.train)
+        trainer = trainer_alone(config, data)
+        for number, _, metrics in trainer.run():
+            if metrics is not None:
+                accuracies.append((number, float(metrics["test_accuracy"] or 0.0)))
+    except Exception as problem:
+        error = one_line(problem)
+    state = trainer.state if trainer is not None else None
+    return {
+        "rounds": state.round_number if state else 0,
+        "passes": state.samples_seen / num_train if state else 0.0,
+        "bytes_sent": state.bytes_sent if state else 0,
+        "seconds": round(state.seconds, 3) if state else 0.0,
+        "last_accuracy": accuracies[-1][1] if error is None else None,
+        "best_accuracy": max(accuracy for _, accuracy in accuracies) if error is None else None,
+        "status": "ok" if error is None else "failed",
+        "error": error,
+        "accuracies": accuracies,
+    }
+
+
+def check_run(overrides: Sequence[str]) -> int:
+    """Compose and check a run, read its data and split them; nothing is trained.
+
+    Returns:
+        Number of training samples.
+
+    Raises:
+        ValueError, OSError: one line.
+    """
+    config = compose_config(overrides)
+    data = load_data(config, _read)
+    trainer_alone(config, data)
+    return len(data.train)
+
+
+def _read(data: DataConfig) -> TrainTest:
+    return _read_once(data.name, data.root)
+
+
+@lru_cache(maxsize=1)  # cells come data set by data set
+def _read_once(name: str, root: str | None) -> TrainTest:
+    return read_data(SCHEMAS["data"][name](root=root))
