@@ -94,29 +94,30 @@ class Schedule:
         self.plan = plan
         self.num_done = 0
         self._done = done
-        self._entries = [_Entry(plan, cell, method) for cell in plan.cells for method in plan.methods]
-        for entry in self._entries:
-            self._skip(entry)
+        self._entries = {cell: {method: _Entry(plan, cell, method) for method in plan.methods} for cell in plan.cells}
+        for entries in self._entries.values():
+            for entry in entries.values():
+                self._skip(entry)
 
     @property
     def total(self) -> int:
         """Number of runs, those that are done included."""
-        return sum(entry.total for entry in self._entries)
+        return sum(entry.total for entries in self._entries.values() for entry in entries.values())
 
     def next_run(self) -> Run | None:
         """A run to start now; None if all that are left wait for others to end, or none is left."""
-        for cell in self.plan.cells:
-            entries = [entry for entry in self._entries if entry.cell == cell]
-            for queue in (entry.queues[phase] for phase in (TUNE, SCORE) for entry in entries):
-                if queue:
-                    return queue.popleft()
+        for entries in self._entries.values():
+            for phase in (TUNE, SCORE):
+                for entry in entries.values():
+                    if entry.queues[phase]:
+                        return entry.queues[phase].popleft()
         return None
 
     def finished(self, run: Run, record: Record) -> None:
         """Take a result."""
-        entry = next(e for e in self._entries if (e.cell, e.method) == (run.cell, run.method))
         self.num_done += 1
         if run.phase == TUNE:
+            entry = self._entries[run.cell][run.method]
             entry.take(run.setting, record)
             self._skip(entry)
 
@@ -136,7 +137,7 @@ class _Entry:
 
     def __init__(self, plan: Plan, cell: Cell, method: str) -> None:
         self.plan, self.cell, self.method = plan, cell, method
-        self.settings = [tuple(setting) for setting in METHODS[method].settings_for(plan.protocol.name)]
+        self.settings = METHODS[method].settings_for(plan.protocol, cell.dataset)
         self.tuned: dict[Setting, float] = {}
         tuning = self.settings if len(self.settings) > 1 else []
         self.total = len(tuning) + len(plan.seeds)

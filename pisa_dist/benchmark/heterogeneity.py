@@ -14,9 +14,10 @@ from pisa_dist.benchmark.grid import Plan, Run, Schedule
 from pisa_dist.benchmark.methods import METHODS
 from pisa_dist.benchmark.pool import Finished, Pool
 from pisa_dist.benchmark.protocols import TUNING_SEED, Cell, Protocol
-from pisa_dist.benchmark.results import Record, Results, key_of
+from pisa_dist.benchmark.results import SCORE, Record, Results, key_of
 from pisa_dist.benchmark.worker import check_run, execute
 from pisa_dist.rundir import commit
+from pisa_dist.train import compose_config
 
 # Keys that make up the grid; setting one for all runs would make its columns untrue.
 OWN_KEYS = ("data", "split", "algorithm", "participation", "seed", "data.validation_fraction", "num_workers")
@@ -48,12 +49,14 @@ def make_plan(
             raise ValueError(f"--set must be KEY=VALUE with a key that the grid does not set itself, got {override!r}")
     num_samples: dict[str, int] = {}
     for cell in cells:
-        overrides = [*protocol.data_overrides(cell), "device=cpu", *extra]
+        overrides = [*protocol.data_overrides(cell), *METHODS[methods[0]].overrides, "device=cpu", *extra]
         num_samples[cell.dataset] = check_run(overrides)
     plan = Plan(protocol, cells, methods, range(num_seeds), num_samples, extra)
+    first = {cell.dataset: cell for cell in reversed(cells)}
     for method in methods:
-        for setting in METHODS[method].settings_for(protocol.name):
-            check_run(plan.run(cells[-1], method, tuple(setting), 0, "score").overrides)
+        for cell in first.values():
+            for setting in METHODS[method].settings_for(protocol, cell.dataset):
+                compose_config(plan.run(cell, method, setting, 0, SCORE).overrides)
     return plan
 
 

@@ -1,13 +1,15 @@
 """Figures of a grid, as PNG bytes: accuracy by round in every cell, and regrets."""
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pisa_dist.benchmark.methods import METHODS, is_ours, label
-from pisa_dist.benchmark.summary import Scores, estimate, regrets, standings
+from pisa_dist.benchmark.summary import Scores, estimate, groups, regrets, standings
 from pisa_dist.figures import COLOURS, DOTS_PER_INCH, MARKERS
 
 if TYPE_CHECKING:
@@ -37,9 +39,8 @@ def draw(scores: Scores) -> dict[str, bytes]:
     import matplotlib
 
     drawings: dict[str, Callable[[], Figure]] = {"regret.png": lambda: _draw_regrets(scores)}
-    for dataset in dict.fromkeys(cell.dataset for cell in scores):
-        own = {cell: methods for cell, methods in scores.items() if cell.dataset == dataset}
-        drawings[f"accuracy_{dataset}.png"] = lambda own=own: _draw_curves(own)  # type: ignore[misc]
+    for name, own in groups(scores).items():
+        drawings[file_name(name)] = partial(_draw_curves, own, _styles(scores))
     pictures = {}
     for name, make in drawings.items():
         with matplotlib.rc_context(_STYLE):
@@ -47,6 +48,11 @@ def draw(scores: Scores) -> dict[str, bytes]:
             make().savefig(buffer, dpi=DOTS_PER_INCH, format="png")
             pictures[name] = buffer.getvalue()
     return pictures
+
+
+def file_name(group: str) -> str:
+    """The picture of a group of cells."""
+    return f"accuracy_{group.replace(', ', '_').replace(' ', '_')}.png"
 
 
 def _styles(scores: Scores) -> dict[str, dict[str, Any]]:
@@ -63,42 +69,43 @@ def _styles(scores: Scores) -> dict[str, dict[str, Any]]:
     }
 
 
-def _draw_curves(scores: Scores) -> "Figure":
+def _draw_curves(scores: Scores, styles: Mapping[str, dict[str, Any]]) -> "Figure":
     """Mean test accuracy over the seeds by round, a panel for each cell; 95 % bands of PISA's family."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    splits = list(dict.fromkeys(cell.split for cell in scores))
-    participations = list(dict.fromkeys(cell.participation for cell in scores))
     records = [r for methods in scores.values() for score in methods.values() for r in score.ok]
     by_passes = len({record["rounds"] for record in records}) > 1
-    styles = _styles(scores)
-    height = 2.4 * len(participations) + 0.9
-    figure = Figure(figsize=(max(6.0, 2.35 * len(splits) + 0.4), height))
-    grid = figure.subplots(len(participations), len(splits), sharex=True, sharey=True, squeeze=False)
-    for panel in grid.flat:
+    columns = min(3, len(scores))
+    rows = math.ceil(len(scores) / columns)
+    figure = Figure(figsize=(3.3 * max(2, columns), 2.5 * rows + 1.0))
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for panel in panels.flat[len(scores) :]:
         panel.set_visible(False)
-    for cell, methods in scores.items():
-        panel = grid[participations.index(cell.participation), splits.index(cell.split)]
-        panel.set_visible(True)
-        panel.set_title(f"{cell.split}, participation {cell.participation:g}")
+    levels: list[float] = []
+    for panel, (cell, methods) in zip(panels.flat, scores.items(), strict=False):
+        panel.set_title(cell.split)
         for name, score in methods.items():
             if score.ok:
-                _plot_curve(panel, score.ok, by_passes, styles[name], is_ours=is_ours(name))
-    for panel in grid[-1]:
+                levels += _plot_curve(panel, score.ok, by_passes, styles[name], is_ours=is_ours(name))
+    if levels:  # of the means: the band of a few seeds may be wider than the range of accuracies
+        margin = 0.05 * (max(levels) - min(levels)) + 0.5
+        panels[0, 0].set_ylim(max(0, min(levels) - margin), min(100, max(levels) + margin))
+    for panel in panels[-1]:
         panel.set_xlabel("Passes over the data" if by_passes else "Round")
-    for panel in grid[:, 0]:
+    for panel in panels[:, 0]:
         panel.set_ylabel("Test accuracy (%)")
+    styles = {name: style for name, style in styles.items() if any(name in methods for methods in scores.values())}
     handles = [Line2D([], [], markersize=4, **style) for style in styles.values()]
-    columns = max(1, min(len(styles), int(figure.get_figwidth() / 2)))
     names = [label(name) for name in styles]
+    columns = max(1, min(len(styles), int(figure.get_figwidth() / 2.2)))
     figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
 def _plot_curve(
     panel: "Axes", records: Sequence[Mapping[str, Any]], by_passes: bool, style: Mapping[str, Any], *, is_ours: bool
-) -> None:
+) -> list[float]:
     rounds = sorted(set.intersection(*({point[0] for point in record["accuracies"]} for record in records)))
     curves = [dict(map(tuple, record["accuracies"])) for record in records]
     estimates = [estimate([100 * curve[number] for curve in curves]) for number in rounds]
@@ -109,6 +116,7 @@ def _plot_curve(
     if is_ours and len(records) > 1:
         band = np.array([point.half_width for point in estimates], dtype=np.float64)
         panel.fill_between(position, means - band, means + band, color=style["color"], alpha=0.15, linewidth=0)
+    return [point.mean for point in estimates]
 
 
 def _draw_regrets(scores: Scores) -> "Figure":

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pisa_dist.benchmark.methods import label
-from pisa_dist.benchmark.plots import draw
-from pisa_dist.benchmark.protocols import PROTOCOLS, TUNING_SEED, VALIDATION_FRACTION
+from pisa_dist.benchmark.plots import draw, file_name
+from pisa_dist.benchmark.protocols import PROTOCOLS, TUNING_SEED, VALIDATION_FRACTION, Protocol
 from pisa_dist.benchmark.results import Record
-from pisa_dist.benchmark.summary import Score, Scores, collect, regrets, standings, tunings
+from pisa_dist.benchmark.summary import Score, Scores, collect, groups, standings, tunings
 from pisa_dist.benchmark.tables import Item, Table
 from pisa_dist.figures import byte_unit
 
@@ -19,8 +19,8 @@ FULL_SHADE = 0.10  # regret, in accuracy, from which on an entry has no shade
 DEFINITIONS = (
     "At least as good: cells in which the 95 % interval (Student's t) of the mean difference in last accuracy to the "
     "method's best rival, paired by seed, reaches 0 or lies above it. The rival is the method with the highest mean "
-    "last accuracy in the cell, for members of PISA's family (PISA, SISA) the highest outside the family. With few seeds an "
-    "interval is wide, so this column says that a method is not shown to be worse. "
+    "last accuracy in the cell, for members of PISA's family (PISA, SISA) the highest outside the family. With few "
+    "seeds an interval is wide, so this column says that a method is not shown to be worse. "
     "Regret: points of mean last accuracy behind the best method of the cell, of any family. "
     "Failed scored runs count as accuracy 0 in both."
 )
@@ -64,8 +64,9 @@ def write_report(folder: Path, records: Sequence[Record], grid: Mapping[str, Any
         OSError: a file cannot be written.
     """
     scores = collect(records)
-    tables = _tables(records, scores, str(grid.get("protocol", records[0].get("protocol", ""))))
-    facts = _facts(records, scores, grid)
+    protocol = PROTOCOLS.get(str(grid.get("protocol")))
+    tables = _tables(records, scores, protocol)
+    facts = _facts(records, scores, grid, protocol)
     pictures = draw(scores) if scores else {}
     title = "Methods on workers whose data differ"
     text = [f"# {title}\n", *(f"{fact}\n" for fact in facts), *(table.markdown() for table in tables)]
@@ -78,8 +79,7 @@ def write_report(folder: Path, records: Sequence[Record], grid: Mapping[str, Any
     return page
 
 
-def _facts(records: Sequence[Record], scores: Scores, grid: Mapping[str, Any]) -> list[str]:
-    protocol = PROTOCOLS.get(str(grid.get("protocol")))
+def _facts(records: Sequence[Record], scores: Scores, grid: Mapping[str, Any], protocol: Protocol | None) -> list[str]:
     failed = sum(record["status"] != "ok" for record in records)
     seeds = sorted({seed for methods in scores.values() for score in methods.values() for seed in score.records})
     commits = sorted({str(record.get("commit"))[:10] for record in records})
@@ -96,13 +96,13 @@ def _facts(records: Sequence[Record], scores: Scores, grid: Mapping[str, Any]) -
     return facts
 
 
-def _tables(records: Sequence[Record], scores: Scores, protocol: str) -> list[Table]:
+def _tables(records: Sequence[Record], scores: Scores, protocol: Protocol | None) -> list[Table]:
     tables = [_summary_table(scores)] if scores else []
-    for dataset in dict.fromkeys(cell.dataset for cell in scores):
-        own = {cell: methods for cell, methods in scores.items() if cell.dataset == dataset}
-        tables.append(_accuracy_table(own, f"{dataset}: test accuracy after the last round", "last_accuracy"))
-        tables.append(_accuracy_table(own, f"{dataset}: test accuracy in the best evaluated round", "best_accuracy"))
-    tables.append(_tuning_table(records, protocol))
+    for name, own in groups(scores).items():
+        tables.append(_accuracy_table(own, f"{name}: test accuracy after the last round", "last_accuracy"))
+        tables.append(_accuracy_table(own, f"{name}: test accuracy in the best evaluated round", "best_accuracy"))
+    if protocol is not None:
+        tables.append(_tuning_table(records, protocol))
     failed = Table("Runs that failed", ("run", "why"), num_text_columns=2)
     for record in records:
         if record["status"] != "ok":
@@ -134,27 +134,34 @@ def _summary_table(scores: Scores) -> Table:
 
 
 def _accuracy_table(scores: Scores, title: str, key: str) -> Table:
-    names = list(dict.fromkeys(name for methods in scores.values() for name in methods))
-    note = "Percent, mean over the seeds ± half the 95 % interval (Student's t); bold: the highest mean. " + (
-        "Darker is closer to the best of the row." if key == "last_accuracy" else "Evaluated rounds only."
+    """Methods in rows, the splits of one data set and participation in columns."""
+    note = (
+        "Percent, mean over the seeds ± half the 95 % interval (Student's t); bold: the highest mean of the column. "
+        + (
+            "Darker is closer to it."
+            if key == "last_accuracy"
+            else "Of the evaluated rounds; darker is closer to the best."
+        )
     )
-    table = Table(title, ("split", "participation", *map(label, names)), note=note)
-    for cell, methods in scores.items():
-        means = {name: score.estimate(key).mean for name, score in methods.items() if score.ok}
-        best = max(means.values(), default=math.nan)
-        regret = regrets(methods)
-        row: list[Item | str] = [cell.split, f"{cell.participation:g}"]
-        for name in names:
+    table = Table(title, ("method", *(cell.split for cell in scores)), note=note)
+    means = {
+        cell: {name: score.estimate(key).mean for name, score in methods.items() if score.ok}
+        for cell, methods in scores.items()
+    }
+    best = {cell: max(own.values(), default=math.nan) for cell, own in means.items()}
+    for name in dict.fromkeys(name for methods in scores.values() for name in methods):
+        row: list[Item | str] = [label(name)]
+        for cell, methods in scores.items():
             if name not in methods:
                 row.append("")
                 continue
-            behind = regret[name] if key == "last_accuracy" else best - means.get(name, -math.inf)
-            row.append(Item(_accuracy(methods[name], key), _strength(behind), is_best=means.get(name) == best))
+            mean = means[cell].get(name, -math.inf)
+            row.append(Item(_accuracy(methods[name], key), _strength(best[cell] - mean), is_best=mean == best[cell]))
         table.add(row)
     return table
 
 
-def _tuning_table(records: Sequence[Record], protocol: str) -> Table:
+def _tuning_table(records: Sequence[Record], protocol: Protocol) -> Table:
     note = "In how many cells tuning chose each setting. Many choices at an end mean that the range may be too narrow."
     table = Table("Chosen settings", ("method", "setting: cells", "at an end"), note=note, num_text_columns=2)
     for tuning in tunings(records, protocol):
@@ -201,9 +208,9 @@ def _body(
         parts.append(table.html())
         if table.title == "Over all cells":
             parts.append(picture("regret.png", "Regret of every method in every cell"))
-        dataset, _, kind = table.title.partition(": ")
+        name, _, kind = table.title.partition(": ")
         if kind.endswith("last round"):
-            parts.append(picture(f"accuracy_{dataset}.png", f"Test accuracy by round on {dataset}"))
+            parts.append(picture(file_name(name), f"Test accuracy by round on {name}"))
     example = " ".join(records[-1]["overrides"])
     parts.append(
         "<h2>Repeating a run</h2><p>Every line of <code>results.jsonl</code> holds the overrides of its run; this is "

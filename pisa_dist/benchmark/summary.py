@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from pisa_dist.benchmark.methods import METHODS, is_ours
-from pisa_dist.benchmark.protocols import Cell
+from pisa_dist.benchmark.methods import METHODS, Setting, is_ours
+from pisa_dist.benchmark.protocols import Cell, Protocol
 from pisa_dist.benchmark.results import SCORE, TUNE, Record
 
 CONFIDENCE = 0.95
@@ -85,6 +85,14 @@ def collect(records: Sequence[Record]) -> Scores:
         cell: dict(sorted(methods.items(), key=lambda item: order.get(item[0], len(order))))
         for cell, methods in scores.items()
     }
+
+
+def groups(scores: Scores) -> dict[str, Scores]:
+    """The cells of one data set and participation together, under a name for both."""
+    found: dict[str, Scores] = {}
+    for cell, methods in scores.items():
+        found.setdefault(f"{cell.dataset}, participation {cell.participation:g}", {})[cell] = methods
+    return found
 
 
 def is_at_least_as_good(own: Mapping[int, float], rival: Mapping[int, float]) -> bool:
@@ -176,31 +184,29 @@ class Tuning:
     """How often each setting of a method was chosen, and in how many cells that was the first or last of its list."""
 
     method: str
-    chosen: dict[tuple[str, ...], int]
+    chosen: dict[Setting, int]
     num_cells: int
     num_at_end: int
-    num_failed: int
 
 
-def tunings(records: Sequence[Record], protocol: str) -> list[Tuning]:
+def tunings(records: Sequence[Record], protocol: Protocol) -> list[Tuning]:
     """What tuning chose, by method; cells in which a setting is still missing are left out."""
-    tried: dict[str, dict[Cell, dict[tuple[str, ...], Record]]] = {}
+    tried: dict[str, dict[Cell, dict[Setting, float]]] = {}
     for record in records:
-        if record["phase"] == TUNE:
+        if record["phase"] == TUNE and record["method"] in METHODS:
             cells = tried.setdefault(record["method"], {})
-            cells.setdefault(cell_of(record), {})[tuple(record["setting"])] = record
+            cells.setdefault(cell_of(record), {})[tuple(record["setting"])] = record["last_accuracy"] or 0.0
     found = []
     for method in [name for name in METHODS if name in tried]:
-        settings = [tuple(setting) for setting in METHODS[method].settings_for(protocol)]
-        whole = [results for results in tried[method].values() if set(settings) <= set(results)]
-        winners = [max(settings, key=lambda s: results[s]["last_accuracy"] or 0.0) for results in whole]
-        found.append(
-            Tuning(
-                method,
-                {setting: winners.count(setting) for setting in settings},
-                len(winners),
-                sum(winner in (settings[0], settings[-1]) for winner in winners),
-                sum(results[s]["status"] != "ok" for results in whole for s in settings),
-            )
-        )
+        chosen: dict[Setting, int] = {}
+        num_cells, num_at_end = 0, 0
+        for cell, accuracy in tried[method].items():
+            settings = METHODS[method].settings_for(protocol, cell.dataset)
+            if set(settings) <= set(accuracy):
+                winner = max(settings, key=lambda setting: accuracy[setting])
+                chosen = {**dict.fromkeys(settings, 0), **chosen}
+                chosen[winner] += 1
+                num_cells += 1
+                num_at_end += winner in (settings[0], settings[-1])
+        found.append(Tuning(method, chosen, num_cells, num_at_end))
     return found
