@@ -433,6 +433,18 @@ def test_a_run_that_is_done_again_counts_once_and_a_damaged_line_is_named(tmp_pa
         results.read()
 
 
+def test_ctrl_c_in_the_terminal_is_for_the_parent_alone() -> None:
+    with Pool(time.sleep, 1) as pool:
+        pool.submit(0)
+        pool.wait()
+        (process,) = pool._processes.values()
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGINT)
+        pool.submit(0.1)
+        assert [(done.task, done.error) for done in pool.wait()] == [(0.1, None)]
+        assert list(pool._processes.values()) == [process]
+
+
 def test_processes_do_arithmetic_with_one_thread_and_leave_the_environment_as_it_was() -> None:
     before = os.environ.get("OMP_NUM_THREADS")
     with Pool(os.getenv, 1) as pool:

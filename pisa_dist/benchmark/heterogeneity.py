@@ -15,7 +15,7 @@ from pisa_dist.benchmark.methods import METHODS
 from pisa_dist.benchmark.pool import Finished, Pool
 from pisa_dist.benchmark.protocols import TUNING_SEED, Cell, Protocol
 from pisa_dist.benchmark.results import SCORE, Record, Results, key_of
-from pisa_dist.benchmark.worker import check_run, execute
+from pisa_dist.benchmark.worker import check_run, execute, forget_data
 from pisa_dist.rundir import commit
 from pisa_dist.train import compose_config
 
@@ -51,6 +51,7 @@ def make_plan(
     for cell in cells:
         overrides = [*protocol.data_overrides(cell), *METHODS[methods[0]].overrides, "device=cpu", *extra]
         num_samples[cell.dataset] = check_run(overrides)
+    forget_data()
     plan = Plan(protocol, cells, methods, range(num_seeds), num_samples, extra)
     first = {cell.dataset: cell for cell in reversed(cells)}
     for method in methods:

@@ -79,7 +79,7 @@ METHODS: dict[str, Method] = {
     **({"fednova": _local_sgd("fednova", "FedNova")} if "fednova" in ALGORITHMS else {}),
     "feddyn": _local_sgd("feddyn", "FedDyn"),
     "mifa": _local_sgd("mifa", "MIFA"),
-    "diloco": Method("DiLoCo", ("algorithm=diloco",), _lr(0.0003, 0.001, 0.003)),
+    "diloco": Method("DiLoCo", ("algorithm=diloco",), _lr(0.0001, 0.0003, 0.001)),
 }
 
 

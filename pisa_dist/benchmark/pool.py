@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from types import TracebackType
@@ -103,7 +104,9 @@ class Pool:
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(self.function, theirs), daemon=True)
         threads = os.environ.get("OMP_NUM_THREADS")
-        # Ctrl-C goes to the whole terminal; the processes inherit that it is none of their business.
+        # Ctrl-C goes to the whole terminal; the processes inherit that it is none of their business. The tracker is
+        # started before, because starting it lifts the block.
+        resource_tracker.ensure_running()
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         os.environ["OMP_NUM_THREADS"] = "1"
         try:

@@ -201,7 +201,7 @@ def _body(
 ) -> str:
     def picture(name: str, text: str) -> str:
         data = base64.b64encode(pictures[name]).decode()
-        return f'<img alt="{escape(text)}" src="data:image/png;base64,{data}">\n' if name in pictures else ""
+        return f'<img alt="{escape(text)}" src="data:image/png;base64,{data}">\n'
 
     parts = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(fact)}</p>" for fact in facts)]
     for table in tables:

@@ -63,6 +63,11 @@ def check_run(overrides: Sequence[str]) -> int:
     return len(data.train)
 
 
+def forget_data() -> None:
+    """Give the memory of the last data set back."""
+    _read_once.cache_clear()
+
+
 def _read(data: DataConfig) -> TrainTest:
     return _read_once(data.name, data.root)
 
