@@ -86,7 +86,8 @@ def _facts(records: Sequence[Record], scores: Scores, grid: Mapping[str, Any], p
     hours = sum(record["seconds"] for record in records) / 3600
     facts = [
         f"Protocol {protocol.name}: {protocol.summary}." if protocol else f"Grid: {dict(grid)}.",
-        f"{len(scores)} cells, scored seeds {', '.join(map(str, seeds))}. A method with several settings was tuned in "
+        f"{len(scores)} cell{'s' * (len(scores) != 1)}, scored seeds {', '.join(map(str, seeds))}. "
+        "A method with several settings was tuned in "
         f"each cell on seed {TUNING_SEED}, with {VALIDATION_FRACTION:.0%} of its training samples held out; tuning "
         "does not see the test set. All methods that are tuned try the same number of settings.",
         f"{len(records)} runs, {failed} failed, {hours:.1f} hours of one core; commit {', '.join(commits)}.",
