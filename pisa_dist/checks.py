@@ -71,6 +71,7 @@ RANGES: dict[str, Range] = {
     "rounds": _count(),
     "batch_size": _count(),
     "local_steps": Range(1, 1_000_000, high_included=True, integer=True),
+    "local_epochs": _positive(),
     "consensus_trim": Range(0.0, 0.5),
     "participation": Range(0.0, 1.0, low_included=False, high_included=True),
     "seed": Range(0, 2**32 - 1, high_included=True, integer=True),

@@ -26,8 +26,9 @@ from pisa_dist.progress import Progress
 from pisa_dist.report import draw_run
 from pisa_dist.rundir import RunDirectory
 from pisa_dist.schema import DTYPES, Config, CustomData, FeatureNoiseSplit, LibsvmData, WandbTracking, target_arguments
+from pisa_dist.state import TrainingPlan
 from pisa_dist.tracking import NoTracker, Tracker, make_tracker
-from pisa_dist.trainer import Trainer, TrainingPlan
+from pisa_dist.trainer import Trainer
 
 Parts = list[list[int]]
 Found = TypeVar("Found")
@@ -237,6 +238,7 @@ def _make_trainer(config: Config, data: TrainTest, parts: Parts, consensus: Cons
             rounds=config.rounds,
             batch_size=config.batch_size,
             local_steps=config.local_steps,
+            local_epochs=config.local_epochs,
             participation=config.participation,
             seed=config.seed,
             eval_every=config.eval_every,

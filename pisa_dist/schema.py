@@ -18,7 +18,7 @@ from pisa_dist import checkpoint
 from pisa_dist.algorithms import ALGORITHMS, Algorithm
 from pisa_dist.checks import check_choice, check_ranges
 from pisa_dist.data.datasets import resolve_custom
-from pisa_dist.data.sampling import hosted_workers, num_present
+from pisa_dist.data.sampling import check_local_steps, hosted_workers, num_present
 from pisa_dist.distributed import select_device
 from pisa_dist.faults import ON_NONFINITE
 from pisa_dist.guards import ON_DIVERGENCE
@@ -238,6 +238,7 @@ class Config:
     rounds: int = 100
     batch_size: int = 32
     local_steps: int = 1
+    local_epochs: float | None = None
     participation: float = 1.0
     worker_weight: str = "samples"
     seed: int = 0
@@ -257,7 +258,8 @@ class Config:
     def __post_init__(self) -> None:
         # `worker_weight` is a rule here, not the optimizer's number of the same name.
         numbers = {name: value for name, value in vars(self).items() if name != "worker_weight"}
-        check_ranges(numbers, optional=("max_seconds",))
+        check_ranges(numbers, optional=("max_seconds", "local_epochs"))
+        check_local_steps(self.local_steps, self.local_epochs)
         if self.run_dir == "":
             raise ValueError("`run_dir` must be a path or null, got ''")
         check_choice("worker_weight", self.worker_weight, WORKER_WEIGHTS)
@@ -355,6 +357,11 @@ def validate(config: Config, *, num_ranks: int = 1) -> None:
     hosted_workers(config.num_workers, rank=0, num_ranks=num_ranks)
     algorithm: Algorithm = config.algorithm
     algorithm.check_run(num_workers=config.num_workers, local_steps=config.local_steps)
+    if config.local_epochs is not None and not algorithm.takes_local_steps:
+        raise ValueError(
+            f"`local_epochs` must be null for algorithm={algorithm.name}, which communicates after every gradient, "
+            f"got {config.local_epochs}: raise batch_size instead"
+        )
     select_device(config.device)
     check_model(config.model._target_, target_arguments(config.model))
     check_tracking(config.tracking.name)

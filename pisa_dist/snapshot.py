@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pisa_dist.algorithms.base import State
-from pisa_dist.trainer import Trainer, TrainingState
+from pisa_dist.state import TrainingState
+from pisa_dist.trainer import Trainer
 
 FORMAT = 2
 RESIZE = ("refuse", "resplit", "drop")
@@ -119,6 +120,7 @@ def flatten(state: TrainingState, hosted: Sequence[int]) -> Flat:
     flat |= {f"shared/{n}/{kind}": v for n, kinds in state.shared.items() for kind, v in kinds.items()}
     for row, worker in enumerate(hosted):
         flat[f"workers/{worker}/num_participations"] = state.num_participations[row]
+        flat[f"workers/{worker}/num_steps"] = state.num_steps[row]
         for name, kinds in state.workers.items():
             flat |= {f"workers/{worker}/{name}/{kind}": value[row] for kind, value in kinds.items()}
     # Counters as tensors, so that nothing in a checkpoint needs unpickling.
@@ -164,11 +166,14 @@ def restore(flat: Mapping[str, Tensor], trainer: Trainer) -> TrainingState:
         # torch's optimizers keep their step counts on the CPU.
         shared.setdefault(name, {})[kind] = flat[key] if kind == "step" else flat[key].to(device)
     workers = {name: {kind: value.clone() for kind, value in kinds.items()} for name, kinds in old.workers.items()}
-    num_participations = old.num_participations.clone()
+    num_participations, num_steps = old.num_participations.clone(), old.num_steps.clone()
     for row, worker in enumerate(trainer.hosted):
         if f"workers/{worker}/num_participations" not in flat:
             continue
         num_participations[row] = take(f"workers/{worker}/num_participations", num_participations[row])
+        # One written before steps were counted: all workers took equally many in a round.
+        earlier = num_participations[row] * trainer.plan.local_steps
+        num_steps[row] = flat.get(f"workers/{worker}/num_steps", earlier)
         for name, kinds in workers.items():
             for kind, value in kinds.items():
                 value[row] = take(f"workers/{worker}/{name}/{kind}", value[row]).to(device)
@@ -179,6 +184,7 @@ def restore(flat: Mapping[str, Tensor], trainer: Trainer) -> TrainingState:
         shared=shared,
         workers=workers,
         num_participations=num_participations,
+        num_steps=num_steps,
         watch=take("counters/watch").tolist(),
         **counters,
     )

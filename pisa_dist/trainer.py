@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pisa_dist.algorithms.base import Algorithm, ConsensusResult, Round, State, Tensors
 from pisa_dist.consensus import Consensus
 from pisa_dist.data.datasets import Dataset
-from pisa_dist.data.sampling import draw_participants, hosted_workers, num_present
+from pisa_dist.data.sampling import draw_participants, hosted_workers, num_local_steps, num_present
 from pisa_dist.exchange import LocalRound, Work, make_exchange
 from pisa_dist.faults import describe_weights
 from pisa_dist.gradients import RoundGradients
@@ -20,72 +20,8 @@ from pisa_dist.guards import CUT, Footprint, ResidualWatch, explain_out_of_memor
 from pisa_dist.metrics import evaluate
 from pisa_dist.minibatches import Section, ShardPool, Stack
 from pisa_dist.robust import check_consensus
+from pisa_dist.state import RoundOutcome, TrainingPlan, TrainingState
 from pisa_dist.vectorize import Choice, choose_path
-
-
-@dataclass
-class TrainingState:
-    """All that a round depends on, besides configuration and data.
-
-    Attributes:
-        weights: trainable parameters by name, the same on every rank.
-        buffers: the model's buffers by name, the same on every rank.
-        shared: the method's shared state, the same on every rank.
-        workers: the method's state of the hosted workers, stacked in worker order.
-        num_participations: rounds that each hosted worker has taken part in, int64 [hosted].
-        round_number: rounds done.
-        samples_seen: samples that all workers have drawn so far.
-        bytes_sent: bytes of the messages that all workers have sent so far; a worker counts as a sender wherever it is
-            hosted, so that the number does not depend on the layout.
-        seconds: time spent in rounds and evaluations, over all sessions of the run.
-        loss_sum, loss_rounds: training loss since the last evaluation.
-        lr_factor: what is left of the method's `lr` after cuts.
-        watch: what the watch for divergence remembers.
-    """
-
-    weights: Tensors
-    buffers: Tensors
-    shared: State
-    workers: State
-    num_participations: Tensor
-    round_number: int = 0
-    samples_seen: int = 0
-    bytes_sent: int = 0
-    seconds: float = 0.0
-    loss_sum: float = 0.0
-    loss_rounds: int = 0
-    lr_factor: float = 1.0
-    watch: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """What to run, in the command line's names and units."""
-
-    rounds: int
-    batch_size: int
-    local_steps: int = 1
-    participation: float = 1.0
-    seed: int = 0
-    eval_every: int = 10
-    on_nonfinite: str = "raise"
-    consensus: str = "sum"
-    consensus_trim: float = 0.1
-    on_divergence: str = "warn"
-    vectorize: str = "auto"
-
-
-@dataclass(frozen=True)
-class RoundOutcome:
-    """What the log wants to know of one round: `problem` says why it was refused, `warning` that training diverges."""
-
-    train_loss: float
-    penalty: float | None = None
-    primal_residual: float | None = None
-    dual_residual: float | None = None
-    problem: str | None = None
-    warning: str | None = None
-    stopped: bool = False
 
 
 @dataclass
@@ -135,7 +71,11 @@ class Trainer:
             self.plan.consensus_trim,
             num_present=num_present(num_workers, self.plan.participation),
         )
-        self.algorithm.check_run(num_workers=num_workers, local_steps=self.plan.local_steps)
+        self._steps = [
+            num_local_steps(size, self.plan.batch_size, self.plan.local_steps, self.plan.local_epochs)
+            for size in self.shard_sizes
+        ]
+        self.algorithm.check_run(num_workers=num_workers, local_steps=max(self._steps))
         weights = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
         self.state = TrainingState(
             weights=weights,
@@ -143,6 +83,7 @@ class Trainer:
             shared=self.algorithm.init_shared_state(weights),
             workers=self.algorithm.init_worker_state(weights, len(self.hosted)),
             num_participations=torch.zeros(len(self.hosted), dtype=torch.int64),
+            num_steps=torch.zeros(len(self.hosted), dtype=torch.int64),
         )
         self._alpha = torch.tensor(self.worker_weight, dtype=torch.float64)
         self._device = next(iter(weights.values())).device
@@ -196,10 +137,10 @@ class Trainer:
                 len(self.shard_sizes), self.plan.participation, seed=self.plan.seed, round_number=number
             )
             chosen = set(present)
-            stack = self._stack([row for row, worker in enumerate(self.hosted) if worker in chosen], number)
+            rows = [row for row, worker in enumerate(self.hosted) if worker in chosen]
             present_weight = float(self._alpha[list(present)].sum())
             local = LocalRound(
-                works=self._works(stack, number, present_weight),
+                works=self._works(rows, number, present_weight),
                 hosted=self.hosted,
                 present=present,
                 present_weight=present_weight,
@@ -282,8 +223,8 @@ class Trainer:
                 live[name].copy_(value)
         return self.model
 
-    def _stack(self, rows: Sequence[int], number: int) -> Stack:
-        """The present hosted workers and what they draw."""
+    def _stack(self, rows: Sequence[int], num_steps: int, number: int) -> Stack:
+        """Present hosted workers that take so many steps, and what they draw."""
         shards = [self.shards[worker] for worker in self.hosted]
         if not self._pool.holds(shards):  # a user has exchanged one for another
             self._pool = ShardPool(shards)
@@ -293,22 +234,32 @@ class Trainer:
             rows,
             workers=self.hosted,
             batch_size=self.plan.batch_size,
-            local_steps=self.plan.local_steps,
+            local_steps=num_steps,
             seed=self.plan.seed,
             round_number=number,
             device=self._device,
         )
 
-    def _works(self, stack: Stack, number: int, present_weight: float) -> list[Work]:
-        """Local work of the present hosted workers, in as many calls of the method as the exchange wants."""
-        works, start = [], 0
-        for rows in self._exchange.parts(stack.rows, self.choice.block):
-            sections = stack.sections(start, start + len(rows))
-            works.append(self._work(rows, sections, number, present_weight))
-            start += len(rows)
+    def _works(self, rows: Sequence[int], number: int, present_weight: float) -> list[Work]:
+        """Local work of the present hosted workers, in as many calls of the method as the exchange wants.
+
+        The workers of a call take equally many steps, so that a method needs to know of one number only.
+        """
+        groups: dict[int, list[int]] = {}
+        for row in rows:
+            groups.setdefault(self._steps[self.hosted[row]], []).append(row)
+        works = []
+        for num_steps, group in sorted(groups.items()) or [(1, [])]:
+            stack, start = self._stack(group, num_steps, number), 0
+            for part in self._exchange.parts(stack.rows, self.choice.block):
+                sections = stack.sections(start, start + len(part))
+                works.append(self._work(part, sections, num_steps, number, present_weight))
+                start += len(part)
         return works
 
-    def _work(self, rows: Sequence[int], sections: Sequence[Section], number: int, present_weight: float) -> Work:
+    def _work(
+        self, rows: Sequence[int], sections: Sequence[Section], num_steps: int, number: int, present_weight: float
+    ) -> Work:
         """Local work of some present hosted workers, in one call of the method."""
         workers = [self.hosted[row] for row in rows]
         gradients = RoundGradients(
@@ -321,7 +272,7 @@ class Trainer:
         )
         round_ = Round(
             number=number,
-            num_local_steps=self.plan.local_steps,
+            num_local_steps=num_steps,
             weights=self.state.weights,
             workers=workers,
             worker_weight=self._alpha_of(rows),
@@ -329,6 +280,7 @@ class Trainer:
             present_weight=present_weight,
             shared=self.state.shared,
             num_participations=(self.state.num_participations[rows] + 1).to(self._device),
+            num_steps_before=self.state.num_steps[rows].to(self._device),
             gradients=gradients,
         )
         return Work(rows, round_, gradients, self.method.local_work(round_, self._rows(rows)))
@@ -363,7 +315,7 @@ class Trainer:
     def _count(self, present: Sequence[int], num_bytes: int) -> None:
         batch = self.plan.batch_size
         self.state.round_number += 1
-        self.state.samples_seen += self.plan.local_steps * sum(min(batch, self.shard_sizes[i]) for i in present)
+        self.state.samples_seen += sum(self._steps[i] * min(batch, self.shard_sizes[i]) for i in present)
         self.state.bytes_sent += num_bytes
 
     def _residuals(self, result: ConsensusResult, primal_square: float | None) -> tuple[float | None, float | None]:
@@ -392,6 +344,7 @@ class Trainer:
                     for kind, value in kinds.items():
                         state.workers[name][kind][chosen] = value
             state.num_participations[work.rows] += 1
+            state.num_steps[work.rows] += work.round_.num_local_steps
 
 
 def _as_slice(rows: Sequence[int]) -> slice | list[int]:

@@ -28,7 +28,7 @@ LAYERS = (
     ("data", "guards", "progress", "tracking"),
     ("metrics", "minibatches", "models"),
     ("algorithms",),
-    ("gradients",),
+    ("gradients", "state"),
     ("vectorize",),
     ("exchange",),
     ("trainer",),

@@ -5,6 +5,7 @@ Minibatches are drawn for many workers at once. Each worker has a SplitMix64 str
 a few array operations, where a thousand generator objects would take as long as the gradients of a small network.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ _BATCHES, _PARTICIPANTS, _TORCH_SEEDS = 1, 2, 3
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_MOST_STEPS = 1_000_000
 _REPEAT_BITS = 20  # a shard is used up at most `local_steps` <= 1,000,000 times in a round
 _SPARSE = 4  # a shard of at least so many times what is drawn from it is not permuted as a whole
 
@@ -134,6 +136,39 @@ def _first_distinct(streams: Words, num_samples: Integers, needed: int) -> Integ
             first = np.argsort(is_repeat, axis=1, kind="stable")[:, :needed]
             return np.take_along_axis(drawn, first, axis=1)
         width *= 2  # the words drawn so far stay the same
+
+
+def check_local_steps(local_steps: int, local_epochs: float | None) -> None:
+    """Refuse two answers to one question.
+
+    Raises:
+        ValueError: steps and passes are both given.
+    """
+    if local_epochs is not None and local_steps != 1:
+        raise ValueError(
+            f"`local_steps` must be 1 where `local_epochs` says how many a worker takes, got local_steps={local_steps} "
+            f"and local_epochs={local_epochs:g}: set one of them"
+        )
+
+
+def num_local_steps(shard_size: int, batch_size: int, local_steps: int, local_epochs: float | None) -> int:
+    """Local steps of a worker in a round: `local_steps`, or as many as `local_epochs` passes over its shard take.
+
+    Passes take ceil(local_epochs * shard_size / batch_size) steps, at least one.
+
+    Raises:
+        ValueError: those are more than can be drawn in a round.
+    """
+    if local_epochs is None:
+        return local_steps
+    # The tolerance: 0.07 * 100 is 7.000000000000001.
+    count = max(1, math.ceil(local_epochs * shard_size / batch_size - 1e-9))
+    if count > _MOST_STEPS:
+        raise ValueError(
+            f"`local_epochs` must take at most {_MOST_STEPS} steps in a round, got {local_epochs:g}, which are {count} "
+            f"for a shard of {shard_size} samples"
+        )
+    return count
 
 
 def num_present(num_workers: int, participation: float) -> int:
