@@ -234,20 +234,7 @@ def _make_trainer(config: Config, data: TrainTest, parts: Parts, consensus: Cons
         test=_placed(data.test, device=device),
         shard_sizes=sizes,
         worker_weight=weights,
-        plan=TrainingPlan(
-            rounds=config.rounds,
-            batch_size=config.batch_size,
-            local_steps=config.local_steps,
-            local_epochs=config.local_epochs,
-            participation=config.participation,
-            seed=config.seed,
-            eval_every=config.eval_every,
-            on_nonfinite=config.on_nonfinite,
-            consensus=config.consensus,
-            consensus_trim=config.consensus_trim,
-            on_divergence=config.on_divergence,
-            vectorize=config.vectorize,
-        ),
+        plan=TrainingPlan.of(config),
         consensus=consensus,
     )
 

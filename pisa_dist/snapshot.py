@@ -5,12 +5,14 @@ keeps one copy of plain tensors that share a name. What all ranks hold alike is 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pisa_dist.algorithms.base import State
+from pisa_dist.checks import check_choice, check_ranges
 from pisa_dist.state import TrainingState
 from pisa_dist.trainer import Trainer
 
@@ -28,6 +30,24 @@ _KINDS: dict[str, type] = {
 }
 
 Flat = dict[str, Tensor]
+
+
+@dataclass
+class CheckpointConfig:
+    """`every`: rounds from one checkpoint to the next, 0 for none but the one that a stopped run writes.
+
+    `keep_last` whole ones are kept; `asynchronous` writes them while training goes on; `resize` says what to do when
+    `num_workers` has changed at a resume: refuse, resplit (deal the data anew) or drop (the removed workers' data).
+    """
+
+    every: int = 0
+    keep_last: int = 3
+    asynchronous: bool = True
+    resize: str = "refuse"
+
+    def __post_init__(self) -> None:
+        check_choice("checkpoint.resize", self.resize, RESIZE)
+        check_ranges(vars(self), prefix="checkpoint.")
 
 
 def contents(trainer: Trainer) -> dict[str, Any]:
@@ -123,6 +143,7 @@ def flatten(state: TrainingState, hosted: Sequence[int]) -> Flat:
         flat[f"workers/{worker}/num_steps"] = state.num_steps[row]
         for name, kinds in state.workers.items():
             flat |= {f"workers/{worker}/{name}/{kind}": value[row] for kind, value in kinds.items()}
+    flat |= {f"fetched/{number}/{n}": w for number, old in state.fetched.items() for n, w in old.items()}
     # Counters as tensors, so that nothing in a checkpoint needs unpickling.
     flat |= {f"counters/{name}": torch.tensor(getattr(state, name), dtype=torch.int64) for name in _INTEGERS}
     # Every rank has a time of its own; that of the first, which writes the metrics, is the run's.
@@ -178,6 +199,8 @@ def restore(flat: Mapping[str, Tensor], trainer: Trainer) -> TrainingState:
             for kind, value in kinds.items():
                 value[row] = take(f"workers/{worker}/{name}/{kind}", value[row]).to(device)
     counters: dict[str, Any] = {name: take(f"counters/{name}").item() for name in (*_INTEGERS, *_FLOATS)}
+    held = trainer.schedule.at(counters["round_number"]).held(trainer.hosted)
+    kept = [number for number in held if all(f"fetched/{number}/{name}" in flat for name in old.weights)]
     return TrainingState(
         weights={name: take(f"weights/{name}", old.weights[name]).to(device) for name in old.weights},
         buffers={name: take(f"buffers/{name}", old.buffers[name]).to(device) for name in old.buffers},
@@ -185,6 +208,10 @@ def restore(flat: Mapping[str, Tensor], trainer: Trainer) -> TrainingState:
         workers=workers,
         num_participations=num_participations,
         num_steps=num_steps,
+        fetched={
+            number: {name: take(f"fetched/{number}/{name}", like).to(device) for name, like in old.weights.items()}
+            for number in kept
+        },
         watch=take("counters/watch").tolist(),
         **counters,
     )

@@ -35,7 +35,8 @@ class Round:
         number: t, from 1.
         num_local_steps: gradient steps that each worker here takes; those of another call, for other workers or on
             another rank, may take another number.
-        weights: consensus weights w by name, [*shape] each.
+        weights: consensus weights w by name, [*shape] each; in local work those that the workers here started from,
+            which with `clock.period` may be those of an earlier round.
         workers: number of each present worker here, in stacking order.
         worker_weight: alpha_i of the present workers here, shape [workers].
         all_worker_weights: alpha_i of every worker of the run, float64 on the CPU, summing to 1.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 # First word of every key, so that draws for different purposes never share a stream.
 _BATCHES, _PARTICIPANTS, _TORCH_SEEDS = 1, 2, 3
+AVAILABILITY, SPEEDS = 4, 5
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
@@ -108,6 +109,18 @@ def _words(streams: Words, count: int) -> Words:
     return _mixed(streams[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
 
 
+def draw_uniform(purpose: int, workers: Integers, *, seed: int, round_number: int = 0) -> npt.NDArray[np.float64]:
+    """A number of each worker's own, uniform in (0, 1): [workers].
+
+    Args:
+        purpose: first word of the key, such as `AVAILABILITY`.
+        workers: number of each worker.
+        seed, round_number: the rest of the key.
+    """
+    words = _words(_streams(purpose, seed, round_number, workers), 1)[:, 0]
+    return ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
 def _permuted(streams: Words, num_samples: Integers, needed: int) -> Integers:
     """Permutations of each shard, one after the other, cut to what is needed: [streams, needed].
 
@@ -186,13 +199,26 @@ def num_present(num_workers: int, participation: float) -> int:
     return count
 
 
-def draw_participants(num_workers: int, participation: float, *, seed: int, round_number: int) -> Sequence[int]:
-    """The workers that take part in a round, in increasing order; the same on every rank."""
+def draw_participants(
+    num_workers: int, participation: float, *, seed: int, round_number: int, among: Integers | None = None
+) -> Sequence[int]:
+    """The workers that take part in a round, in increasing order; the same on every rank.
+
+    Args:
+        num_workers: of the run.
+        participation: share of the workers that can be drawn; their nearest number, but one at least.
+        seed, round_number: the key.
+        among: the workers that can be drawn, in increasing order; None for all. If there are none, none is drawn.
+    """
+    candidates = np.arange(num_workers) if among is None else among
     count = num_present(num_workers, participation)
-    if count == num_workers:
-        return range(num_workers)
+    if len(candidates) < num_workers:
+        count = min(len(candidates), max(1, round(participation * len(candidates))))
+    if count == len(candidates):
+        everyone: list[int] = candidates.tolist()
+        return everyone
     generator = np.random.default_rng([_PARTICIPANTS, seed, round_number])
-    return sorted(generator.choice(num_workers, count, replace=False).tolist())
+    return sorted(candidates[generator.choice(len(candidates), count, replace=False)].tolist())
 
 
 def hosted_workers(num_workers: int, *, rank: int, num_ranks: int) -> range:
