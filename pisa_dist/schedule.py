@@ -34,7 +34,7 @@ class ScheduledRound(NamedTuple):
 
     def held(self, workers: Iterable[int]) -> set[int]:
         """Rounds whose weights some of these workers are still at work with."""
-        return {int(self.busy_since[worker]) for worker in workers} - {IDLE}
+        return set(self.busy_since[list(workers)].tolist()) - {IDLE}
 
 
 class Schedule:

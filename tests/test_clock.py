@@ -224,6 +224,21 @@ def test_a_run_resumed_while_workers_are_at_work_goes_on_with_the_weights_that_t
         assert all(compare(second.state.weights[name], value) for name, value in whole.state.weights.items()), folder
 
 
+def test_a_resume_with_a_clock_set_anew_or_other_workers_takes_the_latest_weights_where_none_were_kept(tmp_path):
+    clock = Clock(speed_spread=4.0, period=0.5)
+    for folder, before, num_after in (("plain", Clock(), 5), ("fewer", clock, 3), ("more", clock, 8)):
+        first = timed("sisa", before, num_workers=5, rounds=5)
+        list(first.run())
+        with checkpoint.Checkpointer(tmp_path / folder) as checkpointer:
+            checkpointer.save(first)
+        second = timed("sisa", clock, num_workers=num_after, rounds=25)
+        checkpoint.load(second, checkpoint.newest(tmp_path / folder), resize="resplit")
+        assert set(second.state.fetched) <= set(first.state.fetched)
+        outcomes = [outcome for _, outcome, _ in second.run()]
+        assert all(outcome.problem is None for outcome in outcomes)
+        assert (second.state.num_participations > 0).all()
+
+
 def test_a_refused_round_leaves_those_at_work_with_what_they_fetched():
     trainer = timed("fedavg", SLOW, rounds=4, on_nonfinite="skip")
     start = {name: value.clone() for name, value in trainer.state.weights.items()}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from harness import run_ranks
 from problems import comparable, make_trainer
+from test_algorithms import SETTINGS
 
 from pisa_dist import checkpoint
 from pisa_dist.algorithms import ALGORITHMS
@@ -144,6 +145,18 @@ def test_in_a_round_without_workers_only_the_round_is_counted(trace):
     assert torch.equal(after.workers["0.weight"]["dual"], before.workers["0.weight"]["dual"])
     assert (after.samples_seen, after.bytes_sent) == (before.samples_seen, before.bytes_sent)
     assert trainer.state.num_participations.tolist() == [3, 3, 2]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_method_copes_with_a_first_round_without_workers(name, tmp_path, request):
+    if name == "pisa_local":  # it takes the first round to be the one in which its metric is formed
+        request.applymarker(pytest.mark.xfail(strict=True, raises=FloatingPointError))
+    (tmp_path / "late.csv").write_text("worker,start,end\n0,3,9\n1,2,9\n2,4,9\n")
+    trainer = make_trainer(
+        ALGORITHMS[name](**SETTINGS[name]), rounds=6, availability=Availability(file=str(tmp_path / "late.csv"))
+    )
+    list(trainer.run())
+    assert trainer.state.num_participations.tolist() == [4, 5, 3]
 
 
 def away_on_ranks(rank, num_ranks, file):
