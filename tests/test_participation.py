@@ -191,7 +191,7 @@ def test_a_run_resumed_in_the_middle_meets_the_same_workers(tmp_path):
     assert torch.equal(second.state.num_participations, whole.state.num_participations)
 
 
-@pytest.mark.parametrize("limits", [{"availability": Availability(mean_up=2.0, mean_down=2.0)}])
-def test_a_robust_consensus_is_refused_where_the_number_of_participants_varies(limits):
+def test_a_robust_consensus_is_refused_where_the_number_of_participants_varies():
+    availability = Availability(mean_up=2.0, mean_down=2.0)
     with pytest.raises(ValueError, match=r"`consensus` must be sum with availability, got 'median'"):
-        TrainingPlan(rounds=1, batch_size=8, consensus="median", **limits)
+        TrainingPlan(rounds=1, batch_size=8, consensus="median", availability=availability)
