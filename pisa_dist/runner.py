@@ -35,8 +35,9 @@ from pisa_dist.schema import (
     WandbTracking,
     target_arguments,
 )
+from pisa_dist.state import TrainingPlan
 from pisa_dist.tracking import NoTracker, Tracker, make_tracker
-from pisa_dist.trainer import Trainer, TrainingPlan
+from pisa_dist.trainer import Trainer
 
 Parts = list[list[int]]
 Found = TypeVar("Found")
@@ -273,19 +274,7 @@ def _make_trainer(config: Config, data: TrainTest, parts: Parts, consensus: Cons
         test=_placed(data.test, device=device),
         shard_sizes=sizes,
         worker_weight=weights,
-        plan=TrainingPlan(
-            rounds=config.rounds,
-            batch_size=config.batch_size,
-            local_steps=config.local_steps,
-            participation=config.participation,
-            seed=config.seed,
-            eval_every=config.eval_every,
-            on_nonfinite=config.on_nonfinite,
-            consensus=config.consensus,
-            consensus_trim=config.consensus_trim,
-            on_divergence=config.on_divergence,
-            vectorize=config.vectorize,
-        ),
+        plan=TrainingPlan.of(config),
         consensus=consensus,
     )
 

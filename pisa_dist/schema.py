@@ -17,14 +17,18 @@ from omegaconf.errors import OmegaConfBaseException
 from pisa_dist import checkpoint
 from pisa_dist.algorithms import ALGORITHMS, Algorithm
 from pisa_dist.checks import check_choice, check_ranges
+from pisa_dist.clock import Clock
 from pisa_dist.data.datasets import resolve_custom
 from pisa_dist.data.sampling import hosted_workers, num_present
 from pisa_dist.distributed import select_device
 from pisa_dist.faults import ON_NONFINITE
 from pisa_dist.guards import ON_DIVERGENCE
 from pisa_dist.models import check_model
+from pisa_dist.participation import Availability
 from pisa_dist.robust import CONSENSUS_RULES, check_consensus
-from pisa_dist.snapshot import RESIZE
+from pisa_dist.schedule import Schedule
+from pisa_dist.snapshot import CheckpointConfig
+from pisa_dist.state import TrainingPlan
 from pisa_dist.tracking import check_tracking
 from pisa_dist.vectorize import VECTORIZE
 
@@ -211,24 +215,6 @@ class WandbTracking(TrackingConfig):
 
 
 @dataclass
-class CheckpointConfig:
-    """`every`: rounds from one checkpoint to the next, 0 for none but the one that a stopped run writes.
-
-    `keep_last` whole ones are kept; `asynchronous` writes them while training goes on; `resize` says what to do when
-    `num_workers` has changed at a resume: refuse, resplit (deal the data anew) or drop (the removed workers' data).
-    """
-
-    every: int = 0
-    keep_last: int = 3
-    asynchronous: bool = True
-    resize: str = "refuse"
-
-    def __post_init__(self) -> None:
-        check_choice("checkpoint.resize", self.resize, RESIZE)
-        check_ranges(vars(self), prefix="checkpoint.")
-
-
-@dataclass
 class Config:
     """One training run. The README's table explains the keys."""
 
@@ -238,10 +224,13 @@ class Config:
     algorithm: Any = MISSING
     tracking: Any = MISSING
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    availability: Availability = field(default_factory=Availability)
+    clock: Clock = field(default_factory=Clock)
     num_workers: int = 10
     rounds: int = 100
     batch_size: int = 32
     local_steps: int = 1
+    local_epochs: float | None = None
     participation: float = 1.0
     worker_weight: str = "samples"
     seed: int = 0
@@ -261,7 +250,7 @@ class Config:
     def __post_init__(self) -> None:
         # `worker_weight` is a rule here, not the optimizer's number of the same name.
         numbers = {name: value for name, value in vars(self).items() if name != "worker_weight"}
-        check_ranges(numbers, optional=("max_seconds",))
+        check_ranges(numbers, optional=("max_seconds", "local_epochs"))
         if self.run_dir == "":
             raise ValueError("`run_dir` must be a path or null, got ''")
         check_choice("worker_weight", self.worker_weight, WORKER_WEIGHTS)
@@ -281,6 +270,8 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "algorithm": dict(ALGORITHMS),
     "tracking": {s.name: s for s in (NoTracking, WandbTracking, TensorboardTracking)},
 }
+# Keys of the root that have keys of their own.
+NESTED: dict[str, type] = {"checkpoint": CheckpointConfig, "availability": Availability, "clock": Clock}
 
 
 def explain_unknown(key: str) -> str:
@@ -292,7 +283,8 @@ def explain_unknown(key: str) -> str:
         return f"`{key}` holds options of your own: add each with a plus, +{group}.{name}.NAME=VALUE"
     if options:
         return f"`{key}` is a key of {' and '.join(f'{group}={option}' for option in options)}, which is not chosen"
-    keys = {f.name for f in fields(Config)} | {f"checkpoint.{f.name}" for f in fields(CheckpointConfig)}
+    keys = {f.name for f in fields(Config)}
+    keys |= {f"{nested}.{f.name}" for nested, schema in NESTED.items() for f in fields(schema)}
     for known_group, schemas in SCHEMAS.items():
         keys |= {f"{known_group}.{f.name}" for schema in schemas.values() for f in fields(schema)}
     close = [k for k in sorted(keys) if k.endswith(f".{key}")] or difflib.get_close_matches(key, keys, n=1)
@@ -359,6 +351,13 @@ def validate(config: Config, *, num_ranks: int = 1) -> None:
     hosted_workers(config.num_workers, rank=0, num_ranks=num_ranks)
     algorithm: Algorithm = config.algorithm
     algorithm.check_run(num_workers=config.num_workers, local_steps=config.local_steps)
+    # Of steps that follow from shards it is known only that there is one at least.
+    Schedule(TrainingPlan.of(config), [config.local_steps] * config.num_workers)
+    if config.local_epochs is not None and not algorithm.takes_local_steps:
+        raise ValueError(
+            f"`local_epochs` must be null for algorithm={algorithm.name}, which communicates after every gradient, "
+            f"got {config.local_epochs}: raise batch_size instead"
+        )
     select_device(config.device)
     check_model(config.model._target_, target_arguments(config.model))
     check_tracking(config.tracking.name)

@@ -5,13 +5,16 @@ keeps one copy of plain tensors that share a name. What all ranks hold alike is 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pisa_dist.algorithms.base import State
-from pisa_dist.trainer import Trainer, TrainingState
+from pisa_dist.checks import check_choice, check_ranges
+from pisa_dist.state import TrainingState
+from pisa_dist.trainer import Trainer
 
 FORMAT = 2
 RESIZE = ("refuse", "resplit", "drop")
@@ -27,6 +30,24 @@ _KINDS: dict[str, type] = {
 }
 
 Flat = dict[str, Tensor]
+
+
+@dataclass
+class CheckpointConfig:
+    """`every`: rounds from one checkpoint to the next, 0 for none but the one that a stopped run writes.
+
+    `keep_last` whole ones are kept; `asynchronous` writes them while training goes on; `resize` says what to do when
+    `num_workers` has changed at a resume: refuse, resplit (deal the data anew) or drop (the removed workers' data).
+    """
+
+    every: int = 0
+    keep_last: int = 3
+    asynchronous: bool = True
+    resize: str = "refuse"
+
+    def __post_init__(self) -> None:
+        check_choice("checkpoint.resize", self.resize, RESIZE)
+        check_ranges(vars(self), prefix="checkpoint.")
 
 
 def contents(trainer: Trainer) -> dict[str, Any]:
@@ -119,8 +140,10 @@ def flatten(state: TrainingState, hosted: Sequence[int]) -> Flat:
     flat |= {f"shared/{n}/{kind}": v for n, kinds in state.shared.items() for kind, v in kinds.items()}
     for row, worker in enumerate(hosted):
         flat[f"workers/{worker}/num_participations"] = state.num_participations[row]
+        flat[f"workers/{worker}/num_steps"] = state.num_steps[row]
         for name, kinds in state.workers.items():
             flat |= {f"workers/{worker}/{name}/{kind}": value[row] for kind, value in kinds.items()}
+    flat |= {f"fetched/{number}/{n}": w for number, old in state.fetched.items() for n, w in old.items()}
     # Counters as tensors, so that nothing in a checkpoint needs unpickling.
     flat |= {f"counters/{name}": torch.tensor(getattr(state, name), dtype=torch.int64) for name in _INTEGERS}
     # Every rank has a time of its own; that of the first, which writes the metrics, is the run's.
@@ -164,21 +187,31 @@ def restore(flat: Mapping[str, Tensor], trainer: Trainer) -> TrainingState:
         # torch's optimizers keep their step counts on the CPU.
         shared.setdefault(name, {})[kind] = flat[key] if kind == "step" else flat[key].to(device)
     workers = {name: {kind: value.clone() for kind, value in kinds.items()} for name, kinds in old.workers.items()}
-    num_participations = old.num_participations.clone()
+    num_participations, num_steps = old.num_participations.clone(), old.num_steps.clone()
     for row, worker in enumerate(trainer.hosted):
         if f"workers/{worker}/num_participations" not in flat:
             continue
         num_participations[row] = take(f"workers/{worker}/num_participations", num_participations[row])
+        # One written before steps were counted: all workers took equally many in a round.
+        earlier = num_participations[row] * trainer.plan.local_steps
+        num_steps[row] = flat.get(f"workers/{worker}/num_steps", earlier)
         for name, kinds in workers.items():
             for kind, value in kinds.items():
                 value[row] = take(f"workers/{worker}/{name}/{kind}", value[row]).to(device)
     counters: dict[str, Any] = {name: take(f"counters/{name}").item() for name in (*_INTEGERS, *_FLOATS)}
+    held = trainer.schedule.at(counters["round_number"]).held(trainer.hosted)
+    kept = [number for number in held if all(f"fetched/{number}/{name}" in flat for name in old.weights)]
     return TrainingState(
         weights={name: take(f"weights/{name}", old.weights[name]).to(device) for name in old.weights},
         buffers={name: take(f"buffers/{name}", old.buffers[name]).to(device) for name in old.buffers},
         shared=shared,
         workers=workers,
         num_participations=num_participations,
+        num_steps=num_steps,
+        fetched={
+            number: {name: take(f"fetched/{number}/{name}", like).to(device) for name, like in old.weights.items()}
+            for number in kept
+        },
         watch=take("counters/watch").tolist(),
         **counters,
     )

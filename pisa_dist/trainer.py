@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pisa_dist.algorithms.base import Algorithm, ConsensusResult, Round, State, Tensors
 from pisa_dist.consensus import Consensus
 from pisa_dist.data.datasets import Dataset
-from pisa_dist.data.sampling import draw_participants, hosted_workers, num_present
+from pisa_dist.data.sampling import hosted_workers, num_local_steps, num_present
 from pisa_dist.exchange import LocalRound, Work, make_exchange
 from pisa_dist.faults import describe_weights
 from pisa_dist.gradients import RoundGradients
@@ -20,72 +20,9 @@ from pisa_dist.guards import CUT, Footprint, ResidualWatch, explain_out_of_memor
 from pisa_dist.metrics import evaluate
 from pisa_dist.minibatches import Section, ShardPool, Stack
 from pisa_dist.robust import check_consensus
+from pisa_dist.schedule import Schedule, ScheduledRound
+from pisa_dist.state import RoundOutcome, TrainingPlan, TrainingState
 from pisa_dist.vectorize import Choice, choose_path
-
-
-@dataclass
-class TrainingState:
-    """All that a round depends on, besides configuration and data.
-
-    Attributes:
-        weights: trainable parameters by name, the same on every rank.
-        buffers: the model's buffers by name, the same on every rank.
-        shared: the method's shared state, the same on every rank.
-        workers: the method's state of the hosted workers, stacked in worker order.
-        num_participations: rounds that each hosted worker has taken part in, int64 [hosted].
-        round_number: rounds done.
-        samples_seen: samples that all workers have drawn so far.
-        bytes_sent: bytes of the messages that all workers have sent so far; a worker counts as a sender wherever it is
-            hosted, so that the number does not depend on the layout.
-        seconds: time spent in rounds and evaluations, over all sessions of the run.
-        loss_sum, loss_rounds: training loss since the last evaluation.
-        lr_factor: what is left of the method's `lr` after cuts.
-        watch: what the watch for divergence remembers.
-    """
-
-    weights: Tensors
-    buffers: Tensors
-    shared: State
-    workers: State
-    num_participations: Tensor
-    round_number: int = 0
-    samples_seen: int = 0
-    bytes_sent: int = 0
-    seconds: float = 0.0
-    loss_sum: float = 0.0
-    loss_rounds: int = 0
-    lr_factor: float = 1.0
-    watch: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """What to run, in the command line's names and units."""
-
-    rounds: int
-    batch_size: int
-    local_steps: int = 1
-    participation: float = 1.0
-    seed: int = 0
-    eval_every: int = 10
-    on_nonfinite: str = "raise"
-    consensus: str = "sum"
-    consensus_trim: float = 0.1
-    on_divergence: str = "warn"
-    vectorize: str = "auto"
-
-
-@dataclass(frozen=True)
-class RoundOutcome:
-    """What the log wants to know of one round: `problem` says why it was refused, `warning` that training diverges."""
-
-    train_loss: float
-    penalty: float | None = None
-    primal_residual: float | None = None
-    dual_residual: float | None = None
-    problem: str | None = None
-    warning: str | None = None
-    stopped: bool = False
 
 
 @dataclass
@@ -112,6 +49,7 @@ class Trainer:
         hosted: numbers of the workers of this rank; a row of their stacked state is a place in it.
         state: all that changes.
         choice: how gradients are computed.
+        schedule: who takes part in which round.
     """
 
     model: nn.Module
@@ -126,6 +64,7 @@ class Trainer:
     hosted: range = field(init=False)
     state: TrainingState = field(init=False)
     choice: Choice = field(init=False)
+    schedule: Schedule = field(init=False)
 
     def __post_init__(self) -> None:
         num_workers = len(self.shard_sizes)
@@ -135,7 +74,12 @@ class Trainer:
             self.plan.consensus_trim,
             num_present=num_present(num_workers, self.plan.participation),
         )
-        self.algorithm.check_run(num_workers=num_workers, local_steps=self.plan.local_steps)
+        self._steps = [
+            num_local_steps(size, self.plan.batch_size, self.plan.local_steps, self.plan.local_epochs)
+            for size in self.shard_sizes
+        ]
+        self.algorithm.check_run(num_workers=num_workers, local_steps=max(self._steps))
+        self.schedule = Schedule(self.plan, self._steps)
         weights = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
         self.state = TrainingState(
             weights=weights,
@@ -143,6 +87,7 @@ class Trainer:
             shared=self.algorithm.init_shared_state(weights),
             workers=self.algorithm.init_worker_state(weights, len(self.hosted)),
             num_participations=torch.zeros(len(self.hosted), dtype=torch.int64),
+            num_steps=torch.zeros(len(self.hosted), dtype=torch.int64),
         )
         self._alpha = torch.tensor(self.worker_weight, dtype=torch.float64)
         self._device = next(iter(weights.values())).device
@@ -189,17 +134,17 @@ class Trainer:
                 return
 
     def run_round(self) -> RoundOutcome:
-        """One round: local work, one collective, consensus."""
-        number = self.state.round_number + 1
+        """One round: local work, one collective, consensus; none of it where nobody takes part."""
+        scheduled = self.schedule.at(self.state.round_number + 1)
+        number, present = scheduled.number, scheduled.present
+        if not present:
+            self._count(scheduled, 0)
+            return RoundOutcome()
         with torch.no_grad(), explain_out_of_memory(self._footprint):
-            present = draw_participants(
-                len(self.shard_sizes), self.plan.participation, seed=self.plan.seed, round_number=number
-            )
             chosen = set(present)
-            stack = self._stack([row for row, worker in enumerate(self.hosted) if worker in chosen], number)
             present_weight = float(self._alpha[list(present)].sum())
             local = LocalRound(
-                works=self._works(stack, number, present_weight),
+                works=self._works(scheduled, present_weight),
                 hosted=self.hosted,
                 present=present,
                 present_weight=present_weight,
@@ -213,20 +158,21 @@ class Trainer:
             total = self._exchange(local)
             problem, result = total.problem, None
             if problem is None:
-                # What a method makes of the sum depends on no worker: any part's round will do.
-                result = self.method.consensus(local.works[0].round_, total.message, self.state.shared)
+                # What a method makes of the sum depends on no worker: any part's round will do, with today's weights.
+                round_ = replace(local.works[0].round_, weights=self.state.weights)
+                result = self.method.consensus(round_, total.message, self.state.shared)
                 problem = describe_weights(result.weights)
             outcome = RoundOutcome(total.loss, problem=problem, stopped=total.is_stopping)
             if problem is not None and self.plan.on_nonfinite == "raise":
                 raise FloatingPointError(f"{problem} in round {number}: the weights of round {number - 1} are kept")
-            self._count(present, total.num_bytes)
+            self._count(scheduled, total.num_bytes)
             if result is None or problem is not None:
                 return outcome
             residuals = self._residuals(result, total.primal_square)
             self._commit(local.works, result, total.buffers)
-        self.state.loss_sum += outcome.train_loss
+        self.state.loss_sum += total.loss
         self.state.loss_rounds += 1
-        warning = self._warning(outcome.train_loss, *residuals)
+        warning = self._warning(total.loss, *residuals)
         return replace(
             outcome, penalty=result.penalty, primal_residual=residuals[0], dual_residual=residuals[1], warning=warning
         )
@@ -261,7 +207,7 @@ class Trainer:
         state = self.state
         test = evaluate(self.model, {**state.weights, **state.buffers}, self.test, consensus=self.consensus)
         train_loss = state.loss_sum / state.loss_rounds if state.loss_rounds else None
-        return {
+        line: dict[str, float | int | None] = {
             "round": state.round_number,
             "train_loss": train_loss,
             "test_loss": test.loss,
@@ -273,6 +219,9 @@ class Trainer:
             "primal_residual": outcome.primal_residual,
             "dual_residual": outcome.dual_residual,
         }
+        if self.plan.clock.is_running:
+            line["virtual_seconds"] = self.schedule.at(state.round_number).virtual_seconds
+        return line
 
     def export(self) -> nn.Module:
         """The model with the consensus weights and buffers in place."""
@@ -282,8 +231,8 @@ class Trainer:
                 live[name].copy_(value)
         return self.model
 
-    def _stack(self, rows: Sequence[int], number: int) -> Stack:
-        """The present hosted workers and what they draw."""
+    def _stack(self, rows: Sequence[int], num_steps: int, number: int) -> Stack:
+        """Present hosted workers that take so many steps, and what they draw."""
         shards = [self.shards[worker] for worker in self.hosted]
         if not self._pool.holds(shards):  # a user has exchanged one for another
             self._pool = ShardPool(shards)
@@ -293,22 +242,41 @@ class Trainer:
             rows,
             workers=self.hosted,
             batch_size=self.plan.batch_size,
-            local_steps=self.plan.local_steps,
+            local_steps=num_steps,
             seed=self.plan.seed,
             round_number=number,
             device=self._device,
         )
 
-    def _works(self, stack: Stack, number: int, present_weight: float) -> list[Work]:
-        """Local work of the present hosted workers, in as many calls of the method as the exchange wants."""
-        works, start = [], 0
-        for rows in self._exchange.parts(stack.rows, self.choice.block):
-            sections = stack.sections(start, start + len(rows))
-            works.append(self._work(rows, sections, number, present_weight))
-            start += len(rows)
+    def _works(self, scheduled: ScheduledRound, present_weight: float) -> list[Work]:
+        """Local work of the present hosted workers, in as many calls of the method as the exchange wants.
+
+        The workers of a call take equally many steps from the same weights: a method needs to know of one of each only.
+        """
+        groups: dict[tuple[int, int], list[int]] = {}
+        for row, worker in enumerate(self.hosted):
+            if worker in scheduled.fetched:
+                groups.setdefault((self._steps[worker], scheduled.fetched[worker]), []).append(row)
+        works = []
+        for (num_steps, fetched), group in sorted(groups.items()) or [((1, scheduled.number - 1), [])]:
+            # A resumed run whose clock has been set anew may want weights that were not kept.
+            weights = self.state.fetched.get(fetched, self.state.weights)
+            stack, start = self._stack(group, num_steps, scheduled.number), 0
+            for part in self._exchange.parts(stack.rows, self.choice.block):
+                sections = stack.sections(start, start + len(part))
+                works.append(self._work(part, sections, num_steps, weights, scheduled.number, present_weight))
+                start += len(part)
         return works
 
-    def _work(self, rows: Sequence[int], sections: Sequence[Section], number: int, present_weight: float) -> Work:
+    def _work(
+        self,
+        rows: Sequence[int],
+        sections: Sequence[Section],
+        num_steps: int,
+        weights: Tensors,
+        number: int,
+        present_weight: float,
+    ) -> Work:
         """Local work of some present hosted workers, in one call of the method."""
         workers = [self.hosted[row] for row in rows]
         gradients = RoundGradients(
@@ -316,19 +284,20 @@ class Trainer:
             self._pool,
             workers=workers,
             sections=sections,
-            weights=self.state.weights,
+            weights=weights,
             buffers=self.state.buffers,
         )
         round_ = Round(
             number=number,
-            num_local_steps=self.plan.local_steps,
-            weights=self.state.weights,
+            num_local_steps=num_steps,
+            weights=weights,
             workers=workers,
             worker_weight=self._alpha_of(rows),
             all_worker_weights=self._alpha,
             present_weight=present_weight,
             shared=self.state.shared,
             num_participations=(self.state.num_participations[rows] + 1).to(self._device),
+            num_steps_before=self.state.num_steps[rows].to(self._device),
             gradients=gradients,
         )
         return Work(rows, round_, gradients, self.method.local_work(round_, self._rows(rows)))
@@ -360,11 +329,14 @@ class Trainer:
             gathered_workers=len(self.shard_sizes) if self.plan.consensus != "sum" else 0,
         )
 
-    def _count(self, present: Sequence[int], num_bytes: int) -> None:
-        batch = self.plan.batch_size
-        self.state.round_number += 1
-        self.state.samples_seen += self.plan.local_steps * sum(min(batch, self.shard_sizes[i]) for i in present)
-        self.state.bytes_sent += num_bytes
+    def _count(self, scheduled: ScheduledRound, num_bytes: int) -> None:
+        """Counts a round, refused or not, and keeps the weights of before it for hosted workers still at work."""
+        state, batch = self.state, self.plan.batch_size
+        known = {**state.fetched, state.round_number: state.weights}
+        state.fetched = {number: known[number] for number in scheduled.held(self.hosted) if number in known}
+        state.round_number += 1
+        state.samples_seen += sum(self._steps[i] * min(batch, self.shard_sizes[i]) for i in scheduled.present)
+        state.bytes_sent += num_bytes
 
     def _residuals(self, result: ConsensusResult, primal_square: float | None) -> tuple[float | None, float | None]:
         """sqrt(sum_i alpha_i ||w_i - w||^2) and sigma ||w_next - w|| (Boyd et al. 2011, section 3.3)."""
@@ -392,6 +364,7 @@ class Trainer:
                     for kind, value in kinds.items():
                         state.workers[name][kind][chosen] = value
             state.num_participations[work.rows] += 1
+            state.num_steps[work.rows] += work.round_.num_local_steps
 
 
 def _as_slice(rows: Sequence[int]) -> slice | list[int]:

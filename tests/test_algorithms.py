@@ -16,6 +16,7 @@ SETTINGS = {
     "synchronous": {"optimizer": "AdamW", "lr": 0.01},
     "fedavg": {"lr": 0.05, "momentum": 0.5},
     "fedprox": {"lr": 0.05, "proximal": 0.1},
+    "fednova": {"lr": 0.05, "momentum": 0.5},
     "scaffold": {"lr": 0.05},
     "feddyn": {"lr": 0.05, "regularization": 0.5},
     "mifa": {"lr": 0.05},
@@ -39,6 +40,7 @@ def round_for(weights, gradients, *, worker_weight, number=1, local_steps=1, pre
         present_weight=present_weight,
         shared=shared or {},
         num_participations=torch.full((len(worker_weight),), number),
+        num_steps_before=torch.full((len(worker_weight),), (number - 1) * local_steps),
         gradients=gradients,
     )
 

@@ -1,4 +1,4 @@
-"""FedProx, SCAFFOLD, FedDyn, MIFA and DiLoCo: against few-line re-statements, and by the property that defines each."""
+"""FedProx, FedNova, SCAFFOLD, FedDyn, MIFA, DiLoCo: against few-line re-statements, and by what defines each."""
 
 import numpy as np
 import pytest
@@ -31,44 +31,50 @@ class Quadratics:
 
 
 def run(algorithm, problem, rounds, *, present=lambda number: [0, 1, 2], steps=STEPS):
-    """The package's method on the quadratics: weights after every round."""
+    """The package's method on the quadratics: weights after every round. `steps`: of all, or of each worker."""
+    steps = steps if isinstance(steps, list) else [steps] * 3
     weights = {"w": torch.tensor(problem.start)}
     workers = algorithm.init_worker_state(weights, 3)
     shared = algorithm.init_shared_state(weights)
-    counts = torch.zeros(3, dtype=torch.int64)
+    counts, num_steps = torch.zeros(2, 3, dtype=torch.int64)
     hessians, centres = torch.tensor(problem.hessians), torch.tensor(problem.centres)
     alpha = torch.tensor(ALPHA)
     trajectory = []
     for number in range(1, rounds + 1):
-        rows = present(number)
-        counts[rows] += 1
+        here = present(number)
+        counts[here] += 1
+        message = {}
+        for num_local_steps in {steps[i] for i in here}:  # as the trainer does: one call for equal numbers of steps
+            rows = [i for i in here if steps[i] == num_local_steps]
 
-        def gradients(local, step, rows=rows):
-            return {"w": torch.einsum("ijk,ik->ij", hessians[rows], local["w"] - centres[rows])}
+            def gradients(local, step, rows=rows):
+                return {"w": torch.einsum("ijk,ik->ij", hessians[rows], local["w"] - centres[rows])}
 
-        round_ = Round(
-            number=number,
-            num_local_steps=steps,
-            weights=weights,
-            workers=rows,
-            worker_weight=alpha[rows],
-            all_worker_weights=alpha,
-            present_weight=float(alpha[rows].sum()),
-            num_participations=counts[rows],
-            gradients=gradients,
-            shared=shared,
-        )
-        state = {n: {k: v[rows] for k, v in kinds.items()} for n, kinds in workers.items()}
-        local = algorithm.local_work(round_, state)
-        message = dict(local.message)
-        absent = [i for i in range(3) if i not in rows]
+            round_ = Round(
+                number=number,
+                num_local_steps=num_local_steps,
+                weights=weights,
+                workers=rows,
+                worker_weight=alpha[rows],
+                all_worker_weights=alpha,
+                present_weight=float(alpha[here].sum()),
+                num_participations=counts[rows],
+                num_steps_before=num_steps[rows],
+                gradients=gradients,
+                shared=shared,
+            )
+            state = {n: {k: v[rows] for k, v in kinds.items()} for n, kinds in workers.items()}
+            local = algorithm.local_work(round_, state)
+            message = {key: value + message.get(key, 0) for key, value in local.message.items()}
+            for name, kinds in local.state.items():
+                for kind, value in kinds.items():
+                    workers[name][kind][rows] = value
+            num_steps[rows] += num_local_steps
+        absent = [i for i in range(3) if i not in here]
         if absent:
             away = {n: {k: v[absent] for k, v in kinds.items()} for n, kinds in workers.items()}
             for key, value in algorithm.standing_message(away, alpha[absent], round_number=number).items():
                 message[key] = message[key] + value
-        for name, kinds in local.state.items():
-            for kind, value in kinds.items():
-                workers[name][kind][rows] = value
         weights, shared, _ = algorithm.consensus(round_, message, shared)
         trajectory.append(weights["w"].numpy().copy())
     return np.array(trajectory)
@@ -88,6 +94,26 @@ def fedprox(problem, rounds, *, lr, proximal):
                 v = v - lr * (problem.gradient(i, v) + proximal * (v - w))
             ends[i] = v
         w = sum(ALPHA[i] * v for i, v in ends.items()) / sum(ALPHA[i] for i in ends)
+        out.append(w)
+    return np.array(out)
+
+
+def fednova(problem, rounds, *, lr, momentum, steps):
+    """The paper's equation (9) with a_i written out: how often each step's gradient enters the displacement."""
+    w, out = problem.start.copy(), []
+    for number in range(1, rounds + 1):
+        direction, tau = np.zeros(4), 0.0
+        total = sum(ALPHA[i] for i in some(number))
+        for i in some(number):
+            v, gradients = w.copy(), []
+            for last in range(steps[i]):
+                gradients.append(problem.gradient(i, v))
+                v = v - lr * sum(momentum ** (last - k) * g for k, g in enumerate(gradients))
+            a = [sum(momentum**power for power in range(steps[i] - k)) for k in range(steps[i])]
+            np.testing.assert_allclose(w - v, lr * sum(c * g for c, g in zip(a, gradients, strict=True)), atol=1e-12)
+            direction += ALPHA[i] / total * sum(c * g for c, g in zip(a, gradients, strict=True)) / sum(a)
+            tau += ALPHA[i] / total * sum(a)
+        w = w - tau * lr * direction
         out.append(w)
     return np.array(out)
 
@@ -139,7 +165,7 @@ def mifa(problem, rounds, *, lr):
     return np.array(out)
 
 
-def diloco(problem, rounds, *, lr, weight_decay, outer_lr, outer_momentum):
+def diloco(problem, rounds, *, lr, weight_decay, outer_lr, outer_momentum, steps=(STEPS,) * 3):
     outer = torch.nn.Parameter(torch.tensor(problem.start))
     outer_optimizer = torch.optim.SGD([outer], lr=outer_lr, momentum=outer_momentum, nesterov=outer_momentum > 0)
     inner = [torch.nn.Parameter(outer.detach().clone()) for _ in range(3)]
@@ -149,7 +175,7 @@ def diloco(problem, rounds, *, lr, weight_decay, outer_lr, outer_momentum):
         mean = np.zeros(4)
         for i in some(number):
             inner[i].data.copy_(outer.data)
-            for _ in range(STEPS):
+            for _ in range(steps[i]):
                 inner[i].grad = torch.tensor(problem.gradient(i, inner[i].detach().numpy()))
                 optimizers[i].step()
             mean += ALPHA[i] * (outer.detach() - inner[i].detach()).numpy()
@@ -175,6 +201,46 @@ def test_a_baseline_equals_its_few_lines_with_workers_that_come_and_go(name, res
     found = run(ALGORITHMS[name](**settings), problem, 30, present=some)
     expected = restatement(problem, 30, **settings)
     assert np.abs(expected[-1] - problem.start).max() > 0.1
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_fednova_equals_its_few_lines_with_unequal_steps_and_workers_that_come_and_go(momentum):
+    problem, steps = Quadratics(), [1, 7, 3]
+    found = run(ALGORITHMS["fednova"](lr=0.02, momentum=momentum), problem, 30, present=some, steps=steps)
+    expected = fednova(problem, 30, lr=0.02, momentum=momentum, steps=steps)
+    assert np.abs(expected[-1] - problem.start).max() > 0.1
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_fednova_with_equal_steps_is_fedavg(momentum):
+    problem = Quadratics()
+    one = run(ALGORITHMS["fednova"](lr=0.1, momentum=momentum), problem, 20, present=some)
+    other = run(ALGORITHMS["fedavg"](lr=0.1, momentum=momentum), problem, 20, present=some)
+    np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-13)
+
+
+def test_with_unequal_steps_fednova_stops_near_the_minimiser_and_fedavg_far_from_it():
+    """Objective inconsistency: what is left to FedNova goes with lr, FedAvg's error does not."""
+    problem, steps = Quadratics(), [2, 40, 8]
+    errors = {}
+    for name in ("fedavg", "fednova"):
+        for lr in (0.01, 0.002):
+            found = run(ALGORITHMS[name](lr=lr), problem, round(1.5 / lr), steps=steps)
+            np.testing.assert_allclose(found[-1], found[-2], atol=1e-6)
+            errors[name, lr] = np.linalg.norm(found[-1] - problem.minimiser())
+    assert errors["fednova", 0.002] < 0.05 * errors["fedavg", 0.002]
+    assert errors["fednova", 0.002] < 0.3 * errors["fednova", 0.01]
+    assert errors["fedavg", 0.002] > 0.5 * errors["fedavg", 0.01]
+
+
+def test_diloco_counts_the_inner_steps_that_a_worker_took_whoever_else_took_more():
+    """AdamW's bias correction needs each worker's own count."""
+    problem, steps = Quadratics(), [1, 5, 3]
+    settings = {"lr": 0.05, "weight_decay": 0.1, "outer_lr": 0.7, "outer_momentum": 0.9}
+    found = run(ALGORITHMS["diloco"](**settings), problem, 30, present=some, steps=steps)
+    expected = diloco(problem, 30, **settings, steps=steps)
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
 
 

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from pisa_dist.checks import RANGES
-from pisa_dist.schema import SCHEMAS, CheckpointConfig, Config, as_plain, target_arguments, to_config, validate
+from pisa_dist.schema import NESTED, SCHEMAS, Config, as_plain, target_arguments, to_config, validate
 from pisa_dist.train import config_directory, register_schemas
 
 pytestmark = pytest.mark.timeout(300)
@@ -100,7 +100,7 @@ def test_an_experiment_lists_changed_values_only(experiment: str) -> None:
     text = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text()
     assert text.lstrip("\n").startswith("# @package _global_") or "\n# @package _global_" in text
     content: dict[str, Any] = yaml.safe_load(text)
-    own = {key: value for key, value in content.items() if key not in ("defaults", *SCHEMAS, "checkpoint", "hydra")}
+    own = {key: value for key, value in content.items() if key not in ("defaults", *SCHEMAS, *NESTED, "hydra")}
     assert set(own) <= known_keys(Config)
     defaults = as_plain(compose("config"))
     assert not [key for key, value in own.items() if value == defaults[key]]
@@ -131,9 +131,10 @@ def test_every_key_of_the_root_is_a_field_and_every_field_stands_in_the_root() -
 def test_defaults_in_the_root_are_those_of_the_schema() -> None:
     content = yaml.safe_load((CONFIGS / "config.yaml").read_text())
     schema = Config()
-    for name in known_keys(Config) - set(SCHEMAS) - {"checkpoint"}:
+    for name in known_keys(Config) - set(SCHEMAS) - set(NESTED):
         assert content[name] == getattr(schema, name), name
-    assert content["checkpoint"] == vars(schema.checkpoint)
+    for name in NESTED:
+        assert content[name] == vars(getattr(schema, name)), name
 
 
 def test_a_target_is_called_with_the_keys_that_are_not_the_packages_own() -> None:
@@ -157,7 +158,7 @@ def test_the_configs_of_a_run_resolve_to_plain_yaml() -> None:
     assert plain["split"] == {"name": "label_k", "labels_per_worker": 1}
 
 
-SCHEMA_CLASSES = {Config, CheckpointConfig, *(schema for options in SCHEMAS.values() for schema in options.values())}
+SCHEMA_CLASSES = {Config, *NESTED.values(), *(schema for options in SCHEMAS.values() for schema in options.values())}
 
 
 @pytest.mark.parametrize("schema", sorted(SCHEMA_CLASSES, key=lambda schema: schema.__name__))

@@ -26,10 +26,10 @@ LAYERS = (
     ("optim",),
     ("",),  # pisa_dist itself, which offers the optimizers
     ("data", "guards", "progress", "tracking"),
-    ("metrics", "minibatches", "models"),
+    ("clock", "metrics", "minibatches", "models", "participation"),
     ("algorithms",),
-    ("gradients",),
-    ("vectorize",),
+    ("gradients", "state"),
+    ("schedule", "vectorize"),
     ("exchange",),
     ("trainer",),
     ("snapshot", "figures", "preemption"),

@@ -33,13 +33,16 @@ class Round:
 
     Attributes:
         number: t, from 1.
-        num_local_steps: gradient steps that each worker takes.
-        weights: consensus weights w by name, [*shape] each.
+        num_local_steps: gradient steps that each worker here takes; those of another call, for other workers or on
+            another rank, may take another number.
+        weights: consensus weights w by name, [*shape] each; in local work those that the workers here started from,
+            which with `clock.period` may be those of an earlier round.
         workers: number of each present worker here, in stacking order.
         worker_weight: alpha_i of the present workers here, shape [workers].
         all_worker_weights: alpha_i of every worker of the run, float64 on the CPU, summing to 1.
         present_weight: sum of alpha_i over all workers that are present in this round, on any rank.
         num_participations: t_i, how often each present worker has taken part, this round included, shape [workers].
+        num_steps_before: local steps that each present worker has taken in earlier rounds, int64 [workers].
         gradients: the gradient oracle.
         shared: the method's shared state.
     """
@@ -52,6 +55,7 @@ class Round:
     all_worker_weights: Tensor
     present_weight: float
     num_participations: Tensor
+    num_steps_before: Tensor
     gradients: Gradients
     shared: State = field(default_factory=dict)
 

@@ -61,7 +61,7 @@ class DiLoCo(Algorithm):
         start = round_.stacked_weights()
         local, memory = start, state
         for step in range(round_.num_local_steps):
-            count = (round_.num_participations - 1) * round_.num_local_steps + step + 1
+            count = round_.num_steps_before + step + 1
             gradients = round_.gradients(local, step)
             memory = {
                 n: {

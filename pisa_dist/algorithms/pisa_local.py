@@ -105,7 +105,7 @@ class PisaLocal(Algorithm):
 
     def _inner_steps(self, round_: Round, step: int, like: Tensor) -> Tensor:
         """Inner steps of each present worker so far, shaped to broadcast against its stacked tensors."""
-        count = (round_.num_participations - 1) * round_.num_local_steps + step + 1
+        count = round_.num_steps_before + step + 1
         return count.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
     def _standing(self, state: State, worker_weight: Tensor, *, with_metric: bool) -> dict[str, Tensor]:

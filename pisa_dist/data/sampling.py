@@ -5,6 +5,7 @@ Minibatches are drawn for many workers at once. Each worker has a SplitMix64 str
 a few array operations, where a thousand generator objects would take as long as the gradients of a small network.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,9 +16,11 @@ from torch import Tensor
 
 # First word of every key, so that draws for different purposes never share a stream.
 _BATCHES, _PARTICIPANTS, _TORCH_SEEDS = 1, 2, 3
+AVAILABILITY, SPEEDS = 4, 5
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_MOST_STEPS = 1_000_000
 _REPEAT_BITS = 20  # a shard is used up at most `local_steps` <= 1,000,000 times in a round
 _SPARSE = 4  # a shard of at least so many times what is drawn from it is not permuted as a whole
 
@@ -106,6 +109,18 @@ def _words(streams: Words, count: int) -> Words:
     return _mixed(streams[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
 
 
+def draw_uniform(purpose: int, workers: Integers, *, seed: int, round_number: int = 0) -> npt.NDArray[np.float64]:
+    """A number of each worker's own, uniform in (0, 1): [workers].
+
+    Args:
+        purpose: first word of the key, such as `AVAILABILITY`.
+        workers: number of each worker.
+        seed, round_number: the rest of the key.
+    """
+    words = _words(_streams(purpose, seed, round_number, workers), 1)[:, 0]
+    return ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
 def _permuted(streams: Words, num_samples: Integers, needed: int) -> Integers:
     """Permutations of each shard, one after the other, cut to what is needed: [streams, needed].
 
@@ -136,6 +151,39 @@ def _first_distinct(streams: Words, num_samples: Integers, needed: int) -> Integ
         width *= 2  # the words drawn so far stay the same
 
 
+def check_local_steps(local_steps: int, local_epochs: float | None) -> None:
+    """Refuse two answers to one question.
+
+    Raises:
+        ValueError: steps and passes are both given.
+    """
+    if local_epochs is not None and local_steps != 1:
+        raise ValueError(
+            f"`local_steps` must be 1 where `local_epochs` says how many a worker takes, got local_steps={local_steps} "
+            f"and local_epochs={local_epochs:g}: set one of them"
+        )
+
+
+def num_local_steps(shard_size: int, batch_size: int, local_steps: int, local_epochs: float | None) -> int:
+    """Local steps of a worker in a round: `local_steps`, or as many as `local_epochs` passes over its shard take.
+
+    Passes take ceil(local_epochs * shard_size / batch_size) steps, at least one.
+
+    Raises:
+        ValueError: those are more than can be drawn in a round.
+    """
+    if local_epochs is None:
+        return local_steps
+    # The tolerance: 0.07 * 100 is 7.000000000000001.
+    count = max(1, math.ceil(local_epochs * shard_size / batch_size - 1e-9))
+    if count > _MOST_STEPS:
+        raise ValueError(
+            f"`local_epochs` must take at most {_MOST_STEPS} steps in a round, got {local_epochs:g}, which are {count} "
+            f"for a shard of {shard_size} samples"
+        )
+    return count
+
+
 def num_present(num_workers: int, participation: float) -> int:
     """How many workers take part in a round: the nearest integer to participation * num_workers.
 
@@ -151,13 +199,26 @@ def num_present(num_workers: int, participation: float) -> int:
     return count
 
 
-def draw_participants(num_workers: int, participation: float, *, seed: int, round_number: int) -> Sequence[int]:
-    """The workers that take part in a round, in increasing order; the same on every rank."""
+def draw_participants(
+    num_workers: int, participation: float, *, seed: int, round_number: int, among: Integers | None = None
+) -> Sequence[int]:
+    """The workers that take part in a round, in increasing order; the same on every rank.
+
+    Args:
+        num_workers: of the run.
+        participation: share of the workers that can be drawn; their nearest number, but one at least.
+        seed, round_number: the key.
+        among: the workers that can be drawn, in increasing order; None for all. If there are none, none is drawn.
+    """
+    candidates = np.arange(num_workers) if among is None else among
     count = num_present(num_workers, participation)
-    if count == num_workers:
-        return range(num_workers)
+    if len(candidates) < num_workers:
+        count = min(len(candidates), max(1, round(participation * len(candidates))))
+    if count == len(candidates):
+        everyone: list[int] = candidates.tolist()
+        return everyone
     generator = np.random.default_rng([_PARTICIPANTS, seed, round_number])
-    return sorted(generator.choice(num_workers, count, replace=False).tolist())
+    return sorted(candidates[generator.choice(len(candidates), count, replace=False)].tolist())
 
 
 def hosted_workers(num_workers: int, *, rank: int, num_ranks: int) -> range:
