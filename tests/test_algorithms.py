@@ -21,7 +21,7 @@ SETTINGS = {
     "feddyn": {"lr": 0.05, "regularization": 0.5},
     "mifa": {"lr": 0.05},
     "diloco": {"lr": 0.003},
-    "pisa_local": {"lr": 0.003, "penalty": 20.0},
+    "pisa_local": {"penalty": 50.0},
 }
 
 

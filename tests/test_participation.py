@@ -148,9 +148,7 @@ def test_in_a_round_without_workers_only_the_round_is_counted(trace):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_every_method_copes_with_a_first_round_without_workers(name, tmp_path, request):
-    if name == "pisa_local":  # it takes the first round to be the one in which its metric is formed
-        request.applymarker(pytest.mark.xfail(strict=True, raises=FloatingPointError))
+def test_every_method_copes_with_a_first_round_without_workers(name, tmp_path):
     (tmp_path / "late.csv").write_text("worker,start,end\n0,3,9\n1,2,9\n2,4,9\n")
     trainer = make_trainer(
         ALGORITHMS[name](**SETTINGS[name]), rounds=6, availability=Availability(file=str(tmp_path / "late.csv"))

@@ -1,5 +1,7 @@
 """PISA with local steps: against a restatement, exact at its fixed point, with workers that come and go."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,63 +10,102 @@ from test_baselines import ALPHA, STEPS, Quadratics, run, some
 
 from pisa_dist.algorithms import ALGORITHMS
 
-SETTINGS = {"penalty": 2.0, "lr": 0.05, "relaxation": 0.7, "second_moment_decay": 0.9, "metric_rounds": 3}
+SETTINGS = {"metric": "adam", "penalty": 2.0, "relaxation": 0.7, "second_moment_decay": 0.9, "metric_rounds": 3}
 
 
-def restated(problem, rounds, *, penalty, lr, relaxation, second_moment_decay, metric_rounds, metric_interval=5):
-    """DESIGN's method, one worker at a time; the first round averages and forms the metric."""
+def restated(problem, rounds, *, penalty, relaxation, second_moment_decay, metric_rounds, growth=1.0, scale=None):
+    """PISA with local steps under a diagonal metric, one worker at a time."""
     b1, b2, eps = 0.9, second_moment_decay, 1e-8
     w, out = problem.start.copy(), []
     dual, first, second, rms = np.zeros((4, 3, 4))
-    count, seen, metric = np.zeros(3), np.zeros(3), np.zeros(4)
+    count, metric = np.zeros(3), np.zeros(4)
     for number in range(1, rounds + 1):
+        sigma = penalty * growth ** (number - 1)
+        lr = 1 / (scale or sigma * STEPS)
         moves = np.zeros((3, 4))
         for i in some(number):
-            v = w.copy()
+            v, gradients, is_new = w.copy(), [], count[i] == 0
             for _ in range(STEPS):
                 count[i] += 1
                 g = problem.gradient(i, v)
+                gradients.append(g)
                 first[i] = b1 * first[i] + (1 - b1) * (g + dual[i])
                 second[i] = b2 * second[i] + (1 - b2) * g * g
                 step = lr / (np.sqrt(second[i] / (1 - b2 ** count[i])) + eps)
-                pull = step * penalty * metric
+                pull = step * sigma * metric
                 v = (v - step * first[i] / (1 - b1 ** count[i]) + pull * w) / (1 + pull)
             rms[i] = np.sqrt(second[i] / (1 - b2 ** count[i]))
-            moves[i] = v - w
-            dual[i] = dual[i] + penalty * metric * moves[i]
-            seen[i] = 1
-        total = ALPHA @ seen
-        if number == 1:
-            w = w + ALPHA @ moves / total
-        else:
-            w = w + relaxation * (ALPHA @ moves) / total + (ALPHA * seen) @ dual / total / (penalty * metric)
-        if number <= metric_rounds or number % metric_interval == 0:
-            metric = (ALPHA * seen) @ rms / total + eps
+            moves[i] = 0 if is_new and number > 1 else v - w
+            dual[i] = -np.mean(gradients, axis=0) if is_new else dual[i] + sigma * metric * moves[i]
+        seen = ALPHA * (count > 0) / (ALPHA @ (count > 0))
+        formed = metric
+        if number <= metric_rounds or number % 5 == 0:
+            formed = seen @ rms + eps
+        used = metric if metric.any() else formed
+        w = w + relaxation * (ALPHA @ moves) / (ALPHA @ (count > 0)) + seen @ dual / (sigma * used)
+        metric = formed
         out.append(w)
     return np.array(out)
 
 
-def test_it_equals_its_restatement_with_workers_that_come_and_go():
+@pytest.mark.parametrize("changes", [{}, {"penalty_growth": 1.05}, {"preconditioner_scale": 20.0}], ids=str)
+def test_it_equals_its_restatement_with_workers_that_come_and_go(changes):
     problem = Quadratics()
-    found = run(ALGORITHMS["pisa_local"](**SETTINGS), problem, 40, present=some)
-    expected = restated(problem, 40, **SETTINGS)
+    found = run(ALGORITHMS["pisa_local"](**SETTINGS, **changes), problem, 40, present=some)
+    names = {"penalty_growth": "growth", "preconditioner_scale": "scale"}
+    own = {name: value for name, value in SETTINGS.items() if name != "metric"}
+    expected = restated(problem, 40, **own, **{names[name]: value for name, value in changes.items()})
     assert np.abs(expected[-1] - problem.start).max() > 0.1
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("relaxation", [1.0, 0.5])
+@pytest.mark.parametrize("participation", [1.0, 0.4])
+@pytest.mark.parametrize("relaxation", [1.0, 0.3])
+def test_one_local_step_without_a_metric_is_the_papers_step(participation, relaxation):
+    knobs = {"penalty": 3.0, "preconditioner_scale": 2.0, "penalty_growth": 1.01, "lr": 0.7}
+    weights = []
+    for algorithm in (
+        ALGORITHMS["pisa"](**knobs),
+        ALGORITHMS["pisa_local"](metric="none", relaxation=relaxation, **knobs),
+    ):
+        trainer = make_trainer(algorithm, num_workers=5, rounds=30, participation=participation, eval_every=30)
+        list(trainer.run())
+        weights.append(torch.cat([w.flatten() for w in trainer.state.weights.values()]))
+    difference = (weights[0] - weights[1]).abs().max()
+    assert difference < 1e-12 if relaxation == 1 else difference > 1e-3
+
+
+@pytest.mark.parametrize("present", [lambda number: [0, 1, 2], some], ids=["everyone", "some"])
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    [
+        ({"metric": "none", "penalty": 2.0, "preconditioner_scale": 4.0}, 1e-9),
+        ({"metric": "none", "penalty": 2.0, "preconditioner_scale": 4.0, "relaxation": 0.0}, 1e-9),
+        ({"metric": "adam", "penalty": 4.0, "metric_rounds": 500}, 1e-6),
+    ],
+    ids=str,
+)
+def test_it_reaches_the_minimiser_of_quadratics_that_differ_from_worker_to_worker(settings, tolerance, present):
+    problem = Quadratics()
+    found = run(ALGORITHMS["pisa_local"](**settings), problem, 2000, present=present)
+    assert np.abs(problem.start - problem.minimiser()).max() > 0.5
+    assert np.abs(found[-1] - problem.minimiser()).max() < tolerance
+
+
+@pytest.mark.parametrize("metric", ["none", "adam", "muon", "kron"])
 @pytest.mark.parametrize("steps", [1, 4])
-def test_where_it_stands_still_every_dual_is_minus_the_local_gradient(relaxation, steps):
+def test_where_it_stands_still_every_dual_is_minus_the_local_gradient(metric, steps):
     """From the minimiser and duals pi_i = -grad F_i, with zero first moments, nothing moves whoever is present."""
     problem = Quadratics()
     problem.start = problem.minimiser()
-    algorithm = ALGORITHMS["pisa_local"](penalty=2.0, relaxation=relaxation)
+    algorithm = ALGORITHMS["pisa_local"](penalty=2.0, relaxation=0.5, metric=metric)
     worker_duals = torch.tensor(np.array([-problem.gradient(i, problem.start) for i in range(3)]))
     fresh = algorithm.init_worker_state({"w": torch.tensor(problem.start)}, 3)
     fresh["w"]["dual"] = worker_duals.clone()
-    fresh["w"]["rms"] = torch.ones(3, 4, dtype=torch.float64)
-    fresh["weight seen"]["count"] += 1
-    shared = {"w": {"metric": torch.ones(4, dtype=torch.float64)}}
+    fresh["weight seen"]["steps"] += 1
+    shared = algorithm.init_shared_state({"w": torch.tensor(problem.start)})
+    if metric != "none":
+        shared["w"]["metric"] += 1
 
     class AtRest(type(algorithm)):
         def init_worker_state(self, parameters, num_workers):
@@ -73,21 +114,18 @@ def test_where_it_stands_still_every_dual_is_minus_the_local_gradient(relaxation
         def init_shared_state(self, parameters):
             return shared
 
-        def consensus(self, round_, message_sum, shared):
-            # Past the first round, which only forms the metric.
-            from dataclasses import replace
+        def local_work(self, round_, state):
+            # Past a worker's first round, in which it has no dual yet.
+            return super().local_work(replace(round_, num_steps_before=round_.num_steps_before + 1), state)
 
-            return super().consensus(replace(round_, number=round_.number + 1), message_sum, shared)
-
-    at_rest = AtRest(penalty=2.0, relaxation=relaxation)
-    found = run(at_rest, problem, 30, present=some, steps=steps)
-    np.testing.assert_allclose(found, np.tile(problem.start, (30, 1)), rtol=0, atol=1e-12)
-    torch.testing.assert_close(fresh["w"]["dual"], worker_duals, rtol=0, atol=1e-12)
+    found = run(AtRest(penalty=2.0, relaxation=0.5, metric=metric), problem, 30, present=some, steps=steps)
+    np.testing.assert_allclose(found, np.tile(problem.start, (30, 1)), rtol=0, atol=1e-10)
+    torch.testing.assert_close(fresh["w"]["dual"], worker_duals, rtol=0, atol=1e-10)
 
 
 def test_it_trains_one_class_per_worker_though_half_of_them_are_away():
     final = {}
-    for name, settings in {"pisa_local": {"lr": 0.01, "penalty": 20.0}, "fedavg": {"lr": 0.1}}.items():
+    for name, settings in {"pisa_local": {"penalty": 20.0}, "fedavg": {"lr": 0.1}}.items():
         trainer = make_trainer(
             ALGORITHMS[name](**settings), rounds=80, local_steps=10, participation=0.34, eval_every=1, batch_size=8
         )

@@ -1,85 +1,142 @@
-"""Inexact solution of a worker's subproblem by preconditioned steps, and the consensus under a metric penalty.
+"""Inexact solution of a worker's subproblem by preconditioned steps.
 
-The penalty is a matrix sigma P with one diagonal metric P > 0 for all workers, in units of the gradient, so that
-1/sigma is a step size in units of P, like Adam's learning rate. The subproblem of worker i is
+The penalty is a matrix sigma P with one metric P > 0 for all workers. The subproblem of worker i is
 
     min over w_i of  F_i(w_i) + <pi_i, w_i - w> + (sigma/2) (w_i - w)' P (w_i - w)
 
-The fixed point is exact for any sigma, P, relaxation and number of steps: there u_i = 0, so pi_i = -grad F_i(w), and
-the weights stand still only where sum_i alpha_i pi_i = 0.
+of which the paper's local step is one linearised step from w_i = w. The fixed point is exact for any sigma, P and
+number of steps: there u_i = w_i - w = 0, so pi_i = -grad F_i(w).
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from pisa_dist.admm.preconditioners.base import State
 from pisa_dist.admm.updates import Scalar
-
-
-class InnerMoments(NamedTuple):
-    """Moments that a worker keeps from round to round, of the dual's shape."""
-
-    first: Tensor  # average of g + pi
-    second: Tensor  # average of g^2: of the gradient alone, because P is built from it
-
-
-def inner_moments(
-    moments: InnerMoments, dual: Tensor, gradient: Tensor, *, first_decay: float, second_decay: float
-) -> InnerMoments:
-    """Moments after one more gradient: b <- beta_1 b + (1 - beta_1)(g + pi),  v <- beta_2 v + (1 - beta_2) g^2."""
-    first = first_decay * moments.first + (1 - first_decay) * (gradient + dual)
-    return InnerMoments(first, second_decay * moments.second + (1 - second_decay) * gradient * gradient)
-
-
-def inner_rms(moments: InnerMoments, *, second_decay: float, step: Scalar) -> Tensor:
-    """Root mean square of a worker's gradients, bias-corrected: sqrt(v / (1 - beta_2^k)), k inner steps so far."""
-    return (moments.second / (1 - second_decay**step)).sqrt()
 
 
 def inner_step(
     displacement: Tensor,
-    moments: InnerMoments,
+    direction: Tensor,
     *,
-    lr: float,
     penalty_metric: Scalar,
-    first_decay: float,
-    second_decay: float,
-    eps: float,
-    step: Scalar,
+    preconditioner_scale: Scalar,
+    preconditioner: Scalar,
 ) -> Tensor:
-    """Next displacement u_i = w_i - w: an AdamW-like step with the penalty taken implicitly.
+    """Next displacement u_i = w_i - w: a preconditioned step on the subproblem, the penalty taken implicitly.
 
-    With s = lr / (rms + eps) and the bias-corrected b:
-        u_i <- (u_i - s b) / (1 + s sigma P)
-    Taken explicitly, the penalty would diverge where s sigma P > 2.
+    With d the direction, an estimate of grad F_i(w + u_i) + pi_i, it minimises
+    <d, u> + (rho/2) ||u - u_i||_Q^2 + (sigma/2) ||u||_P^2:
+        u_i <- (rho Q u_i - d) / (sigma P + rho Q)
+    From u_i = 0 and with P = I it is the primal step of PISA, Algorithm 1. 1/rho is a learning rate, and taken
+    explicitly the penalty would diverge where sigma P > 2 rho Q.
 
     Args:
-        displacement: u_i, any shape.
-        moments: after `inner_moments`.
-        lr: inner step size > 0, in units of the weights.
-        penalty_metric: sigma P, same shape or a number; 0 leaves the penalty out.
-        first_decay, second_decay, eps: of the moments.
-        step: k, inner steps of this worker so far, this one included.
+        displacement: u_i, any shape, in units of the weights.
+        direction: d, same shape, in units of the gradient.
+        penalty_metric: sigma P, same shape or a number, >= 0; 0 leaves the penalty out.
+        preconditioner_scale: rho > 0.
+        preconditioner: diagonal of Q, same shape or a number, > 0.
     """
-    size = lr / (inner_rms(moments, second_decay=second_decay, step=step) + eps)
-    return (displacement - size * moments.first / (1 - first_decay**step)) / (1 + size * penalty_metric)
+    pull = preconditioner_scale * preconditioner
+    return (pull * displacement - direction) / (penalty_metric + pull)
 
 
-def metric_consensus(
-    consensus_weights: Tensor,
-    displacement_mean: Tensor,
-    dual_mean: Tensor,
-    *,
-    penalty_metric: Tensor,
-    relaxation: float,
-) -> Tensor:
-    """Next consensus weights: w <- w + kappa sum_i alpha_i u_i + (sigma P)^-1 sum_i alpha_i pi_i.
+class InnerStep(NamedTuple):
+    """Outcome of one step of a `LocalSolver`."""
+
+    displacement: Tensor
+    state: State
+
+
+@dataclass(frozen=True)
+class LocalSolver:
+    """Plain steps on the subproblem: d = g_i + pi_i and Q = I. It keeps no state."""
+
+    def init_state(self, dual: Tensor) -> State:
+        """State before the first step of a worker, or of several whose duals are stacked."""
+        return {}
+
+    def step(
+        self,
+        displacement: Tensor,
+        dual: Tensor,
+        gradient: Tensor,
+        state: State,
+        *,
+        penalty_metric: Scalar,
+        preconditioner_scale: Scalar,
+        count: Scalar,
+    ) -> InnerStep:
+        """One step of a worker, or of several stacked ones, for one parameter. Changes none of its inputs.
+
+        Args:
+            displacement: u_i, shape [*workers, *shape].
+            dual: pi_i, same shape.
+            gradient: g_i at w + u_i, same shape and dtype.
+            state: what the last step (or `init_state`) returned; it is kept from round to round.
+            penalty_metric: sigma P >= 0 of this round.
+            preconditioner_scale: rho > 0 of this round.
+            count: steps that the worker has taken in all rounds, this one included.
+        """
+        displacement = inner_step(
+            displacement,
+            gradient + dual,
+            penalty_metric=penalty_metric,
+            preconditioner_scale=preconditioner_scale,
+            preconditioner=1.0,
+        )
+        return InnerStep(displacement, state)
+
+
+@dataclass(frozen=True)
+class AdaptiveSolver(LocalSolver):
+    """AdamW-like steps whose moments are kept from round to round.
+
+        b <- beta_1 b + (1 - beta_1)(g + pi),   d = b / (1 - beta_1^k)
+        v <- beta_2 v + (1 - beta_2) g^2,       Q = sqrt(v / (1 - beta_2^k)) + eps
+    for the worker's k-th step. The second moment is that of the gradient alone, because P is built from it and g + pi
+    vanishes at the solution.
 
     Args:
-        consensus_weights: w, any shape.
-        displacement_mean: sum_i alpha_i u_i, same shape.
-        dual_mean: sum_i alpha_i pi_i after the dual step, same shape.
-        penalty_metric: sigma P > 0, same shape.
-        relaxation: kappa >= 0; 1 is ADMM, 0 moves along the duals alone.
+        first_moment_decay: beta_1 in [0, 1).
+        second_moment_decay: beta_2 in [0, 1).
+        eps: > 0 or = 0.
     """
-    return consensus_weights + relaxation * displacement_mean + dual_mean / penalty_metric
+
+    first_moment_decay: float = 0.9
+    second_moment_decay: float = 0.99
+    eps: float = 1e-8
+
+    def init_state(self, dual: Tensor) -> State:  # noqa: D102 - as in LocalSolver
+        return {"first_moment": torch.zeros_like(dual), "second_moment": torch.zeros_like(dual)}
+
+    def step(  # noqa: D102 - as in LocalSolver
+        self,
+        displacement: Tensor,
+        dual: Tensor,
+        gradient: Tensor,
+        state: State,
+        *,
+        penalty_metric: Scalar,
+        preconditioner_scale: Scalar,
+        count: Scalar,
+    ) -> InnerStep:
+        first = torch.lerp(gradient + dual, state["first_moment"], self.first_moment_decay)
+        second = torch.lerp(gradient * gradient, state["second_moment"], self.second_moment_decay)
+        new_state = {"first_moment": first, "second_moment": second}
+        displacement = inner_step(
+            displacement,
+            first / (1 - self.first_moment_decay**count),
+            penalty_metric=penalty_metric,
+            preconditioner_scale=preconditioner_scale,
+            preconditioner=self.rms(new_state, count=count).add_(self.eps),
+        )
+        return InnerStep(displacement, new_state)
+
+    def rms(self, state: State, *, count: Scalar) -> Tensor:
+        """Root mean square of a worker's gradients after `count` >= 1 steps: sqrt(v / (1 - beta_2^k))."""
+        return (state["second_moment"] / (1 - self.second_moment_decay**count)).sqrt()

@@ -89,6 +89,7 @@ class Algorithm(ABC):
 
     registry: ClassVar[dict[str, type["Algorithm"]]] = {}
     takes_local_steps: ClassVar[bool] = False
+    may_be_none: ClassVar[tuple[str, ...]] = ("preconditioner_bound", "penalty_factors")
 
     name: str = ""
 
@@ -99,7 +100,7 @@ class Algorithm(ABC):
 
     def __post_init__(self) -> None:
         check_choice("algorithm.name", self.name, (type(self).name,))
-        check_ranges(vars(self), prefix="algorithm.", optional=("preconditioner_bound", "penalty_factors"))
+        check_ranges(vars(self), prefix="algorithm.", optional=self.may_be_none)
 
     def check_run(self, *, num_workers: int, local_steps: int) -> None:
         """Refuse a run that the method cannot do, before any data is read.

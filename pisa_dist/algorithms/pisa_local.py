@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pisa_dist.admm.local_steps import InnerMoments, inner_moments, inner_rms, inner_step, metric_consensus
-from pisa_dist.admm.updates import dual_update, state_dtype
+from pisa_dist.admm.local_steps import AdaptiveSolver, LocalSolver
+from pisa_dist.admm.metrics import METRICS, Metric
+from pisa_dist.admm.penalty import divided_by_lr, grown_penalty
+from pisa_dist.admm.updates import consensus_update, dual_update, state_dtype, worker_message
 from pisa_dist.algorithms.base import (
     Algorithm,
     ConsensusResult,
@@ -14,126 +16,202 @@ from pisa_dist.algorithms.base import (
     Round,
     State,
     Tensors,
+    column,
     squared_distance,
     weighted_sum,
     weighted_sums,
 )
+from pisa_dist.checks import check_choice
 
 # Keys of a message, before the parameter's name.
 MOVE, DUAL, METRIC = "displacement of ", "dual of ", "rms of "
+# Steps that a worker has taken so far; a worker without any is not seen yet.
 SEEN = "weight seen"
 
 
 @dataclass
 class PisaLocal(Algorithm):
-    """PISA, Algorithm 1, with the subproblem solved inexactly by `local_steps` AdamW-like steps.
+    """PISA, Algorithm 1, with the subproblem solved inexactly by `local_steps` preconditioned steps.
 
-    Beyond the paper: the penalty is sigma P, with P the mean over all workers seen so far of the RMS of their inner
-    gradients, each as of when it was last present; moments are kept between rounds, the penalty is taken implicitly.
-    Absent workers' duals stay in the sum, which is rescaled to the workers seen. The first round only forms P: it
-    averages the displacements and leaves the duals at zero. P is formed anew in the first `metric_rounds` rounds and
-    then every `metric_interval`; in other rounds a message is two parameter-sized tensors, in those three.
+    Beyond the paper, with a metric P in the penalty, sigma P in the place of sigma:
+        u_i  <- local_steps steps on F_i(w + u) + <pi_i, u> + (sigma/2) u' P u, from u = 0
+        pi_i <- pi_i + sigma P u_i
+        w    <- w + kappa sum_i alpha_i u_i + (sigma P)^-1 sum_i alpha_i pi_i
+    over the workers seen so far, whose alpha_i are scaled to sum to 1; an absent worker counts with u_i = 0 and its
+    dual. A worker that takes part for the first time has no dual yet: pi_i becomes minus the mean of its gradients, and
+    after the first round, in which P is unknown, its u_i does not count. In the local steps P is diagonal, the mean over all workers seen of the RMS
+    of their gradients, each as of when it was last present; in the consensus it is what `metric` says. The diagonal is
+    formed anew in the first `metric_rounds` rounds and then every `metric_interval`; in other rounds a message is two
+    tensors of the model's size, in those three.
+
+    With metric=none P = I and the steps are plain ones; nothing is scaled to the workers seen and a message is one
+    tensor. With one local step that is `algorithm=pisa`, the paper's step.
 
     Attributes:
-        penalty: sigma > 0; 1/sigma is the step of the consensus in units of P, like Adam's learning rate.
-        lr: step size > 0 of the inner steps.
-        relaxation: kappa >= 0 in w + kappa sum_i alpha_i u_i + (sigma P)^-1 sum_i alpha_i pi_i; 1 is ADMM.
-        first_moment_decay, second_moment_decay: of the inner steps, each in [0, 1).
-        eps: added to the inner RMS, >= 0.
+        metric: none, adam, muon or kron, see `pisa_dist.admm.metrics`.
+        penalty: sigma > 0; with a metric 1/sigma is the step of the consensus in units of P, like Adam's learning rate.
+        preconditioner_scale: rho > 0, 1/rho is the learning rate of the local steps; None for sigma times their number,
+            so that it grows with sigma and a round forgets the same share of a dual whatever their number is.
+        relaxation: kappa >= 0; 1 is ADMM, 0 moves along the duals alone.
+        lr: divides sigma and rho, > 0: a factor on all steps.
+        penalty_growth: 1/gamma >= 1, factor on sigma every `penalty_growth_interval` rounds.
+        first_moment_decay, second_moment_decay: of the local steps, each in [0, 1); unused with metric=none.
+        eps: added to the RMS of the gradients, >= 0.
         metric_rounds: rounds at the start that form P anew, >= 1.
         metric_interval: rounds from one P to the next after those, >= 1.
     """
 
     name: str = "pisa_local"
     takes_local_steps = True
+    may_be_none = ("preconditioner_scale",)
 
+    metric: str = "muon"
     penalty: float = 100.0
-    lr: float = 5e-4
+    preconditioner_scale: float | None = None
     relaxation: float = 1.0
+    lr: float = 1.0
+    penalty_growth: float = 1.0
+    penalty_growth_interval: int = 1
     first_moment_decay: float = 0.9
     second_moment_decay: float = 0.99
     eps: float = 1e-8
     metric_rounds: int = 10
     metric_interval: int = 5
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("algorithm.metric", self.metric, tuple(METRICS))
+        if self.preconditioner_scale == 0:
+            raise ValueError("`algorithm.preconditioner_scale` (rho) must be > 0 or null for local steps, got 0")
+
+    def solver(self) -> LocalSolver:
+        """The rule of the local steps."""
+        if self.metric == "none":
+            return LocalSolver()
+        return AdaptiveSolver(self.first_moment_decay, self.second_moment_decay, self.eps)
+
+    def penalty_at(self, round_number: int) -> float:
+        """sigma of a round. It grows for absent workers too."""
+        grown = grown_penalty(
+            self.penalty, step=round_number, growth=self.penalty_growth, interval=self.penalty_growth_interval
+        )
+        return divided_by_lr(grown, self.lr)
+
+    def scale_at(self, round_number: int, local_steps: int) -> float:
+        """rho of a round for workers that take so many steps."""
+        if self.preconditioner_scale is None:
+            return local_steps * self.penalty_at(round_number)
+        return divided_by_lr(self.preconditioner_scale, self.lr)
+
     def init_worker_state(self, parameters: Tensors, num_workers: int) -> State:  # noqa: D102 - as in Algorithm
         state: State = {}
         for name, p in parameters.items():
-            zeros = p.new_zeros((num_workers, *p.shape), dtype=state_dtype(p.dtype))
-            state[name] = {kind: zeros.clone() for kind in ("dual", "first_moment", "second_moment", "rms")}
+            dual = p.new_zeros((num_workers, *p.shape), dtype=state_dtype(p.dtype))
+            state[name] = {"dual": dual, **self.solver().init_state(dual)}
         # In the type of the rest: a wider number would widen the whole message.
-        return state | {SEEN: {"count": zeros.new_zeros(num_workers)}}
+        return state | {SEEN: {"steps": dual.new_zeros(num_workers)}}
 
     def init_shared_state(self, parameters: Tensors) -> State:  # noqa: D102 - as in Algorithm
-        return {n: {"metric": torch.zeros_like(p, dtype=state_dtype(p.dtype))} for n, p in parameters.items()}
-
-    def _forms_metric(self, round_number: int) -> bool:
-        return round_number <= self.metric_rounds or round_number % self.metric_interval == 0
+        rule, shared = METRICS[self.metric], {}
+        if rule is not None:
+            for name, p in parameters.items():
+                zeros = torch.zeros_like(p, dtype=state_dtype(p.dtype))
+                shared[name] = {"metric": zeros, **rule.init_state(zeros)}
+        return shared
 
     def local_work(self, round_: Round, state: State) -> LocalResult:  # noqa: D102 - as in Algorithm
+        solver, penalty = self.solver(), self.penalty_at(round_.number)
+        pulls = {n: penalty * round_.shared[n]["metric"] if n in round_.shared else penalty for n in round_.weights}
         duals = {n: state[n]["dual"] for n in round_.weights}
-        moments = {n: InnerMoments(state[n]["first_moment"], state[n]["second_moment"]) for n in round_.weights}
-        metric = {n: self.penalty * kinds["metric"] for n, kinds in round_.shared.items()}
+        memory = {n: {k: v for k, v in state[n].items() if k != "dual"} for n in round_.weights}
         moves = {n: torch.zeros_like(dual) for n, dual in duals.items()}
-        decays = {"first_decay": self.first_moment_decay, "second_decay": self.second_moment_decay}
+        sums = dict(moves)
         for step in range(round_.num_local_steps):
             local = {n: (w + moves[n]).to(w.dtype) for n, w in round_.weights.items()}
             gradients = round_.gradients(local, step)
             for n, dual in duals.items():
-                moments[n] = inner_moments(moments[n], dual, gradients[n].to(dual.dtype), **decays)
-                moves[n] = inner_step(
+                gradient = gradients[n].to(dual.dtype)
+                moves[n], memory[n] = solver.step(
                     moves[n],
-                    moments[n],
-                    lr=self.lr,
-                    penalty_metric=metric[n],
-                    eps=self.eps,
-                    step=self._inner_steps(round_, step, dual),
-                    **decays,
+                    dual,
+                    gradient,
+                    memory[n],
+                    penalty_metric=pulls[n],
+                    preconditioner_scale=self.scale_at(round_.number, round_.num_local_steps),
+                    count=column(round_.num_steps_before + step + 1, dual),
                 )
-        new_state: State = {SEEN: {"count": torch.ones_like(state[SEEN]["count"])}}
+                sums[n] = sums[n] + gradient
+        steps = round_.num_steps_before + round_.num_local_steps
+        new_state: State = {SEEN: {"steps": steps.to(state[SEEN]["steps"])}}
         for n, dual in duals.items():
-            last = self._inner_steps(round_, round_.num_local_steps - 1, dual)
-            new_state[n] = {
-                "dual": dual_update(dual, moves[n], penalty=metric[n]),
-                "first_moment": moments[n].first,
-                "second_moment": moments[n].second,
-                "rms": inner_rms(moments[n], second_decay=self.second_moment_decay, step=last),
-            }
+            new_state[n] = {"dual": dual_update(dual, moves[n], penalty=pulls[n]), **memory[n]}
+        residual = squared_distance(moves, round_.worker_weight)
+        if self.metric == "none":
+            return LocalResult(
+                new_state, self._plain_message(new_state, moves, round_.worker_weight, penalty), residual
+            )
+        for n, dual in duals.items():
+            is_new = column(round_.num_steps_before == 0, dual).bool()
+            new_state[n]["dual"] = torch.where(is_new, -sums[n] / round_.num_local_steps, new_state[n]["dual"])
+            # Its steps knew no dual and drifted; in the first round that is so for all and still the way down.
+            moves[n] = torch.where(is_new & (round_.shared[n]["metric"] > 0), 0.0, moves[n])
         message = {MOVE + n: s for n, s in weighted_sums(moves, round_.worker_weight).items()}
-        message |= self._standing(new_state, round_.worker_weight, with_metric=self._forms_metric(round_.number))
-        return LocalResult(new_state, message, squared_distance(moves, round_.worker_weight))
+        message |= self._standing(new_state, round_.worker_weight, round_.number)
+        return LocalResult(new_state, message, residual)
 
-    def _inner_steps(self, round_: Round, step: int, like: Tensor) -> Tensor:
-        """Inner steps of each present worker so far, shaped to broadcast against its stacked tensors."""
-        count = round_.num_steps_before + step + 1
-        return count.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
-
-    def _standing(self, state: State, worker_weight: Tensor, *, with_metric: bool) -> dict[str, Tensor]:
-        """What workers stand for, present or absent: weighted duals, RMS, and the weight of those seen."""
-        names = [n for n in state if n != SEEN]
-        message = {DUAL + n: weighted_sum(state[n]["dual"], worker_weight) for n in names}
-        if with_metric:
-            message |= {METRIC + n: weighted_sum(state[n]["rms"], worker_weight) for n in names}
-        return message | {SEEN: weighted_sum(state[SEEN]["count"], worker_weight)}
+    def _plain_message(self, state: State, moves: Tensors, worker_weight: Tensor, penalty: float) -> Tensors:
+        """`worker_message` of every worker, summed: with P = I one tensor holds dual and displacement."""
+        return {
+            DUAL + n: worker_message(
+                state[n]["dual"], move, penalty=self.relaxation * penalty, worker_weight=column(worker_weight, move)
+            ).sum(0)
+            for n, move in moves.items()
+        }
 
     def standing_message(self, state: State, worker_weight: Tensor, *, round_number: int) -> Tensors:
-        """An absent worker's dual and RMS stay in the sums, once it has been seen."""
-        return self._standing(state, worker_weight, with_metric=self._forms_metric(round_number))
+        """An absent worker's dual stays in the sums, and its RMS once it has been seen."""
+        if self.metric == "none":
+            return {DUAL + n: weighted_sum(kinds["dual"], worker_weight) for n, kinds in state.items() if n != SEEN}
+        return self._standing(state, worker_weight, round_number)
+
+    def _standing(self, state: State, worker_weight: Tensor, round_number: int) -> Tensors:
+        """What workers stand for, present or absent: weighted duals, RMS, and the weight of those seen."""
+        steps = state[SEEN]["steps"]
+        names = [n for n in state if n != SEEN]
+        message = {DUAL + n: weighted_sum(state[n]["dual"], worker_weight) for n in names}
+        if round_number <= self.metric_rounds or round_number % self.metric_interval == 0:
+            message |= {METRIC + n: weighted_sum(self._rms(state[n], steps), worker_weight) for n in names}
+        return message | {SEEN: weighted_sum((steps > 0).to(steps.dtype), worker_weight)}
+
+    def _rms(self, memory: dict[str, Tensor], steps: Tensor) -> Tensor:
+        """RMS of each worker's gradients; zero for one that has not been seen."""
+        solver = AdaptiveSolver(self.first_moment_decay, self.second_moment_decay, self.eps)
+        return solver.rms(memory, count=column(steps.clamp_min(1), memory["dual"]))
 
     def consensus(self, round_: Round, message_sum: Tensors, shared: State) -> ConsensusResult:  # noqa: D102
-        seen = message_sum[SEEN]
+        penalty = self.penalty_at(round_.number)
+        rule = METRICS[self.metric]
+        if rule is None:
+            sums = {n: message_sum[DUAL + n] for n in round_.weights}
+            weights = {
+                n: consensus_update(w.to(sums[n].dtype), sums[n], penalty_sum=penalty).to(w.dtype)
+                for n, w in round_.weights.items()
+            }
+            return ConsensusResult(weights, shared, penalty)
         weights, new_shared = {}, {}
         for n, w in round_.weights.items():
-            metric = shared[n]["metric"]
-            move, dual = message_sum[MOVE + n] / seen, message_sum[DUAL + n] / seen
-            if round_.number == 1:
-                weights[n] = (w + move).to(w.dtype)
-            else:
-                penalty_metric = self.penalty * metric
-                weights[n] = metric_consensus(
-                    w.to(dual.dtype), move, dual, penalty_metric=penalty_metric, relaxation=self.relaxation
-                ).to(w.dtype)
-            if METRIC + n in message_sum:
-                metric = message_sum[METRIC + n] / seen + self.eps
-            new_shared[n] = {"metric": metric}
-        return ConsensusResult(weights, new_shared, self.penalty)
+            weights[n], new_shared[n] = self._next(n, w, message_sum, shared[n], rule, penalty)
+        return ConsensusResult(weights, new_shared, penalty)
+
+    def _next(
+        self, name: str, w: Tensor, message_sum: Tensors, shared: dict[str, Tensor], rule: Metric, penalty: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Next weights and shared state of one parameter."""
+        seen, memory = message_sum[SEEN], dict(shared)
+        diagonal = formed = memory.pop("metric")
+        if METRIC + name in message_sum:
+            formed = message_sum[METRIC + name] / seen + self.eps
+        diagonal = torch.where(diagonal > 0, diagonal, formed)  # in the first round there is none yet
+        direction, memory = rule.solve(message_sum[DUAL + name] / seen, diagonal, memory)
+        move = self.relaxation * message_sum[MOVE + name] / seen
+        return (w.to(move.dtype) + move + direction / penalty).to(w.dtype), {"metric": formed, **memory}
