@@ -191,7 +191,7 @@ def _work_off(kernel: Callable[..., None], tensors: Sequence[Tensor], constants:
 def _message_kernel(dual: Tensor, moment: Tensor, gradient: Tensor, message: Tensor, constants: Constants) -> None:
     *local, worker_weight = constants
     pi, _, r = _local(dual, moment, gradient, *local)
-    message.copy_((pi - r) * worker_weight)
+    message.copy_(pi.sub_(r).mul_(worker_weight))
 
 
 def _commit_kernel(
@@ -199,7 +199,7 @@ def _commit_kernel(
 ) -> None:
     *local, rate, shrinkage = constants
     pi, m, _ = _local(dual, moment, gradient, *local)
-    weights.copy_(weights * (1 - shrinkage) + message_sum * rate)
+    weights.copy_((message_sum * rate).add_(weights * (1 - shrinkage)))
     dual.copy_(pi)
     moment.copy_(m)
 
@@ -207,18 +207,22 @@ def _commit_kernel(
 def _alone_kernel(dual: Tensor, moment: Tensor, gradient: Tensor, weights: Tensor, constants: Constants) -> None:
     *local, rate, shrinkage = constants
     pi, m, r = _local(dual, moment, gradient, *local)
-    weights.copy_(weights * (1 - shrinkage) + (pi - r) * rate)
     dual.copy_(pi)
     moment.copy_(m)
+    weights.mul_(1 - shrinkage).add_(pi.sub_(r).mul_(rate))
 
 
 def _local(
     dual: Tensor, moment: Tensor, gradient: Tensor, largest: Any, decay: Any, mix: Any, slope: Any, offset: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """New dual, new moment, and r = -sigma u; the constants are numbers, or scalar tensors under torch.compile."""
+    """New dual, new moment, and r = -sigma u, in new memory.
+
+    The constants are numbers, or scalar tensors under torch.compile. Without it, what goes on in place stays in the
+    processor's nearest cache.
+    """
     d = dual + gradient
-    m = decay * moment + mix * torch.clamp(d * d, max=largest)
-    r = d / (torch.sqrt(m) * slope + offset)
+    m = (d * d).clamp_(max=largest).mul_(mix).add_(decay * moment)
+    r = d.div_(m.sqrt().mul_(slope).add_(offset))
     return dual - r, m, r
 
 
