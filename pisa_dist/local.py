@@ -169,7 +169,7 @@ def send_local_step(work: Work, settings: Settings, worker_weight: float, messag
         )
         return None
     rule = slot.preconditioner
-    if isinstance(rule, NewtonSchulz) and slot.is_compiled:
+    if isinstance(rule, NewtonSchulz) and _can_pass(work, message):
         dual, buffer = newton_schulz_message(
             state["dual"],
             state["momentum_buffer"],
@@ -179,6 +179,7 @@ def send_local_step(work: Work, settings: Settings, worker_weight: float, messag
             preconditioner_scale=settings.preconditioner_scale,
             worker_weight=worker_weight,
             shape=slot.parameter.shape,
+            compiled=slot.is_compiled,
             out=message,
         )
         return Outcome(dual, {"momentum_buffer": buffer})
@@ -290,6 +291,13 @@ def _fused(work: Work, settings: Settings, *others: Tensor) -> StepSettings | No
     if not can_fuse(state["dual"], state["second_moment"], work.gradient, *others):
         return None
     return StepSettings(rule, *settings, compiled=work.slot.is_compiled)
+
+
+def _can_pass(work: Work, message: Tensor) -> bool:
+    """Whether `newton_schulz_message` takes this: on a GPU it saves memory traffic only where it is compiled."""
+    state = work.state
+    is_worth = work.slot.is_compiled or message.device.type == "cpu"
+    return is_worth and can_fuse(state["dual"], state["momentum_buffer"], work.gradient, message)
 
 
 def _is_packed(work: Work) -> bool:

@@ -123,41 +123,45 @@ def newton_schulz_message(
     preconditioner_scale: float,
     worker_weight: float,
     shape: torch.Size,
+    compiled: bool,
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`worker_step` with `NewtonSchulz`: a kernel, the iterations, a kernel; the same equations, compiled.
+    """`worker_step` with `NewtonSchulz`: a pass, the iterations, a pass; the same equations, fewer temporaries.
 
     Args:
-        dual, momentum_buffer, gradient: pi, b, g before the step, float32; not changed.
+        dual, momentum_buffer, gradient: pi, b, g before the step; contiguous, of one type and device; not changed.
         rule: of the step.
         penalty, preconditioner_scale, worker_weight: sigma, rho, alpha.
         shape: the parameter's own shape.
+        compiled: make kernels with torch.compile.
         out: where the message alpha (pi + sigma u) goes.
 
     Returns:
         The new dual and the new momentum buffer.
     """
-    constants = (rule.momentum, rule.eps, penalty, preconditioner_scale, worker_weight)
-    numbers = on_device(constants, dtype=dual.dtype, device=dual.device)
-    buffer, averaged = _compiled(_before_iterations)(momentum_buffer, gradient, numbers)
-    direction = rule.orthogonalize(averaged, shape=shape)
-    new_dual, message = _compiled(_after_iterations)(dual, direction, numbers)
-    out.copy_(message)
+    numbers = (rule.momentum, rule.eps, penalty, preconditioner_scale, worker_weight)
+    constants = on_device(numbers, dtype=dual.dtype, device=dual.device) if compiled else numbers
+    buffer, averaged, new_dual = (torch.empty_like(dual) for _ in range(3))
+    _work_off(_momentum_kernel, (momentum_buffer, gradient, buffer, averaged), constants, compiled=compiled)
+    direction = rule.orthogonalize(averaged, shape=shape).contiguous()
+    _work_off(_direction_kernel, (dual, direction, new_dual, out), constants, compiled=compiled)
     return new_dual, buffer
 
 
-def _before_iterations(momentum_buffer: Tensor, gradient: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
+def _momentum_kernel(
+    momentum_buffer: Tensor, gradient: Tensor, buffer: Tensor, averaged: Tensor, constants: Constants
+) -> None:
     momentum: Any = constants[0]
-    buffer = momentum_update(momentum_buffer, gradient, momentum=momentum)
-    return buffer, nesterov_momentum(buffer, gradient, momentum=momentum)
+    buffer.copy_(momentum_update(momentum_buffer, gradient, momentum=momentum))
+    averaged.copy_(nesterov_momentum(buffer, gradient, momentum=momentum))
 
 
-def _after_iterations(dual: Tensor, direction: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
+def _direction_kernel(dual: Tensor, direction: Tensor, new_dual: Tensor, message: Tensor, constants: Constants) -> None:
     _, eps, penalty, scale, worker_weight = constants
-    q = (dual + direction).abs() + eps
+    q = (dual + direction).abs_().add_(eps)
     displacement = local_step(dual, direction, penalty=penalty, preconditioner_scale=scale, preconditioner=q)
-    new_dual = dual_update(dual, displacement, penalty=penalty)
-    return new_dual, worker_message(new_dual, displacement, penalty=penalty, worker_weight=worker_weight)
+    new_dual.copy_(dual_update(dual, displacement, penalty=penalty))
+    message.copy_(worker_message(new_dual, displacement, penalty=penalty, worker_weight=worker_weight))
 
 
 @lru_cache(maxsize=64)  # the same for all parameters of a group

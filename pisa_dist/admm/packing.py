@@ -18,9 +18,9 @@ def packs(sizes: Sequence[int]) -> list[list[int]]:
         sizes: numbers in each tensor, each below `PACKED_BELOW`.
     """
     found: list[list[int]] = []
-    filled = PACK
+    filled = 0
     for place, size in enumerate(sizes):
-        if filled + size > PACK:
+        if not found or filled + size > PACK:
             found.append([])
             filled = 0
         found[-1].append(place)
