@@ -32,16 +32,16 @@ class Fault:
         return Fault(worker, int(first)) if math.isfinite(first) else None
 
 
-def largest(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """A scalar of each tensor that is finite exactly where all its numbers are; none of them may be empty."""
+def largest(tensors: Sequence[Tensor]) -> Tensor:
+    """A number for each tensor that is finite exactly where all of its own are; none of them may be empty."""
     if tensors[0].device.type != "cpu":
-        return list(torch._foreach_norm(list(tensors), ord=float("inf")))
+        return torch.stack(torch._foreach_norm(list(tensors), ord=float("inf")))
     # On the CPU the largest magnitude takes 20 times as long as the Euclidean norm, whose square may overflow; the two
     # extremes lie between.
-    norms = list(torch._foreach_norm(list(tensors)))
-    if bool(torch.stack(norms).isfinite().all()):
+    norms = torch.stack(torch._foreach_norm(list(tensors)))
+    if bool(norms.isfinite().all()):
         return norms
-    return [torch.stack(tensor.aminmax()).abs_().amax() for tensor in tensors]
+    return torch.stack([torch.stack(tensor.aminmax()).abs_().amax() for tensor in tensors])
 
 
 def first_bad(gradients: Sequence[Tensor], positions: Sequence[int]) -> Tensor:
@@ -59,7 +59,7 @@ def first_bad(gradients: Sequence[Tensor], positions: Sequence[int]) -> Tensor:
     none = torch.full((), math.inf, dtype=torch.float64, device=device)
     if not filled:
         return none
-    norms = torch.stack(largest([g for g, _ in filled]))
+    norms = largest([g for g, _ in filled])
     numbers = on_device([position for _, position in filled], dtype=torch.float64, device=device)
     return torch.where(norms.isfinite(), none, numbers).amin()
 

@@ -1,7 +1,7 @@
 """One worker's step for one parameter, as the drop-in optimizers take it, without a collective."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,30 +14,15 @@ from pisa_dist.admm.fused import (
     second_moment_message,
     second_moment_step_,
 )
+from pisa_dist.admm.packing import pack, unpack_
 from pisa_dist.admm.penalty import divided_by_lr, grown_penalty
-from pisa_dist.admm.preconditioners import NewtonSchulz, Preconditioner, SecondMoment
+from pisa_dist.admm.preconditioners import NewtonSchulz, SecondMoment
 from pisa_dist.admm.updates import consensus_update, state_dtype
 from pisa_dist.admm.worker import worker_step
-from pisa_dist.sharding import local_part, rule_for
+from pisa_dist.sharding import local_part
+from pisa_dist.slots import Bucket, ParamGroup, Slot
 
-ParamGroup = dict[str, Any]
-BATCHED_ON = {"cuda"}  # kinds of device
 RESIDUAL = "residual"  # state that no step reads: what compression has left out
-
-
-class Slot(NamedTuple):
-    """One trainable parameter, in message order."""
-
-    parameter: Tensor
-    name: str
-    group: int
-    preconditioner: Preconditioner
-    is_compiled: bool
-
-    @property
-    def weights(self) -> Tensor:
-        """What of the parameter lies on this rank: all of it, unless it is sharded."""
-        return local_part(self.parameter)
 
 
 class Settings(NamedTuple):
@@ -54,19 +39,39 @@ class Outcome(NamedTuple):
     dual: Tensor
     preconditioner_state: dict[str, Tensor]
 
+    def of_row(self, row: int) -> "Outcome":
+        """That of one parameter, where several were stacked."""
+        return Outcome(self.dual[row], {name: value[row] for name, value in self.preconditioner_state.items()})
 
-def group_slots(
-    group: ParamGroup, index: int, rule: Preconditioner, is_compiled: Callable[[Tensor], bool], *, first: int
-) -> list[Slot]:
-    """The trainable parameters of the `index`-th group, numbered from `first`."""
-    slots: list[Slot] = []
-    names = group.get("param_names") or [None] * len(group["params"])
-    for parameter, name in zip(group["params"], names, strict=True):
-        if parameter.requires_grad:
-            label = name or f"parameter {first + len(slots)} of shape {tuple(parameter.shape)}"
-            own = rule_for(rule.for_parameter(name, parameter.shape), parameter)
-            slots.append(Slot(parameter, label, index, own, is_compiled(parameter)))
-    return slots
+
+class Work(NamedTuple):
+    """What a step works on: one parameter's part on this rank, or copies of several of them.
+
+    Attributes:
+        slot: the parameter; of several the first, whose rule and settings are those of all.
+        weights: w.
+        state: dual and preconditioner state.
+        gradient: g_i in the state's type.
+    """
+
+    slot: Slot
+    weights: Tensor
+    state: dict[str, Tensor]
+    gradient: Tensor
+
+
+class Agreed(NamedTuple):
+    """What the ranks of an iteration know together about one parameter group.
+
+    Attributes:
+        weight_sum: sum of all alpha_i.
+        penalty_sum: sum of alpha_i sigma_i divided by `weight_sum`.
+        consensus_l2: lambda >= 0.
+    """
+
+    weight_sum: float
+    penalty_sum: float
+    consensus_l2: float
 
 
 def describe_group(group: ParamGroup) -> list[str]:
@@ -96,79 +101,59 @@ def count_step(groups: Iterable[ParamGroup]) -> None:
 
 def local_gradient(parameter: Tensor, scale: Tensor | None) -> Tensor:
     """The local gradient in the state's type, without the factor `scale`; zero where there is none."""
-    if parameter.grad is None:
-        return torch.zeros_like(local_part(parameter), dtype=state_dtype(parameter.dtype))
-    gradient = local_part(parameter.grad)
-    # Duals and messages are dense, so a sparse gradient saves nothing here.
-    gradient = (gradient.to_dense() if gradient.is_sparse else gradient).to(state_dtype(parameter.dtype))
+    gradient, dtype = parameter.grad, state_dtype(parameter.dtype)
+    if gradient is None:
+        return torch.zeros_like(local_part(parameter), dtype=dtype)
+    gradient = local_part(gradient)
+    if gradient.is_sparse:  # duals and messages are dense, so a sparse gradient saves nothing here
+        gradient = gradient.to_dense()
+    if gradient.dtype != dtype:
+        gradient = gradient.to(dtype)
     return gradient if scale is None else gradient / scale.to(gradient.device)
 
 
 def send_local_steps(
-    slots: Sequence[Slot],
-    states: Sequence[dict[str, Tensor]],
-    gradients: Sequence[Tensor],
+    bucket: Bucket,
+    works: Sequence[Work],
     settings: Sequence[Settings],
     worker_weight: float,
     messages: Sequence[Tensor],
 ) -> "list[Outcome | None]":
-    """`send_local_step` for several parameters; `settings` by group.
+    """`send_local_step` for a bucket: an outcome for each list of places in `bucket.together`.
 
-    On devices where many small products cost more than one batched one, parameters of one shape that NSISA
-    orthogonalises are stacked and take their step together.
+    Small parameters go through one pass, end to end. On devices where many small products cost more than one batched
+    one, parameters of one shape that NSISA orthogonalises are stacked and take their step together.
+
+    Args:
+        bucket: which parameters.
+        works: of its slots.
+        settings: by group.
+        worker_weight: alpha_i > 0.
+        messages: where the slots' messages go.
     """
-    outcomes: list[Outcome | None] = [None] * len(slots)
-    for positions in _alike(slots):
-        first = positions[0]
-        if len(positions) == 1:
-            outcomes[first] = send_local_step(
-                slots[first],
-                states[first],
-                gradients[first],
-                settings[slots[first].group],
-                worker_weight,
-                messages[first],
-            )
+    outcomes: list[Outcome | None] = []
+    for places in bucket.together:
+        first = places[0]
+        own = settings[works[first].slot.group]
+        if len(places) == 1:
+            outcomes.append(send_local_step(works[first], own, worker_weight, messages[first]))
             continue
-        rule, shape = slots[first].preconditioner, slots[first].parameter.shape
-        step = worker_step(
-            torch.stack([states[i]["dual"] for i in positions]),
-            {
-                name: torch.stack([states[i][name] for i in positions])
-                for name in states[first]
-                if name not in ("dual", RESIDUAL)
-            },
-            torch.stack([gradients[i] for i in positions]),
-            preconditioner=rule,
-            **settings[slots[first].group]._asdict(),
-            worker_weight=worker_weight,
-            shape=shape,
-        )
-        for row, i in enumerate(positions):
-            messages[i].copy_(step.message[row])
-            state = {name: value[row] for name, value in step.preconditioner_state.items()}
-            outcomes[i] = Outcome(step.dual[row], state)
+        several, chosen = [works[i] for i in places], [messages[i] for i in places]
+        whole = _packed(several) if _is_packed(several[0]) else _stacked(several)
+        message = torch.empty_like(whole.gradient)
+        outcomes.append(send_local_step(whole, own, worker_weight, message))
+        if _is_packed(whole):
+            unpack_(message, chosen)
+        else:
+            torch._foreach_copy_(chosen, list(message))
     return outcomes
 
 
-def _alike(slots: Sequence[Slot]) -> list[list[int]]:
-    """Positions of the slots that take their step together."""
-    alike: dict[Any, list[int]] = {}
-    for i, slot in enumerate(slots):
-        is_batched = type(slot.preconditioner) is NewtonSchulz and slot.weights.device.type in BATCHED_ON
-        alike.setdefault((slot.preconditioner, slot.parameter.shape, slot.group) if is_batched else i, []).append(i)
-    return list(alike.values())
-
-
-def send_local_step(
-    slot: Slot, state: dict[str, Tensor], gradient: Tensor, settings: Settings, worker_weight: float, message: Tensor
-) -> Outcome | None:
+def send_local_step(work: Work, settings: Settings, worker_weight: float, message: Tensor) -> Outcome | None:
     """One parameter's local step; writes its message and changes nothing else, so that it can still be refused.
 
     Args:
-        slot: the parameter and its preconditioner.
-        state: dual and preconditioner state.
-        gradient: g_i in the state's type.
+        work: the parameter, its state and its gradient.
         settings: of the step.
         worker_weight: alpha_i > 0.
         message: where alpha_i (pi_i + sigma_i u_i) goes.
@@ -176,14 +161,15 @@ def send_local_step(
     Returns:
         What `settle` is to keep; None where it costs less to compute it again.
     """
-    fused = _fused(slot, state, gradient, settings, message)
+    slot, _, state, gradient = work
+    fused = _fused(work, settings, message)
     if fused is not None:
         second_moment_message(
             state["dual"], state["second_moment"], gradient, fused, worker_weight=worker_weight, out=message
         )
         return None
     rule = slot.preconditioner
-    if isinstance(rule, NewtonSchulz) and slot.is_compiled:
+    if isinstance(rule, NewtonSchulz) and _can_pass(work, message):
         dual, buffer = newton_schulz_message(
             state["dual"],
             state["momentum_buffer"],
@@ -193,6 +179,7 @@ def send_local_step(
             preconditioner_scale=settings.preconditioner_scale,
             worker_weight=worker_weight,
             shape=slot.parameter.shape,
+            compiled=slot.is_compiled,
             out=message,
         )
         return Outcome(dual, {"momentum_buffer": buffer})
@@ -209,94 +196,132 @@ def send_local_step(
     return Outcome(step.dual, step.preconditioner_state)
 
 
-def settle(
-    slot: Slot,
-    state: dict[str, Tensor],
-    gradient: Tensor,
-    settings: Settings,
-    outcome: Outcome | None,
-    message_sum: Tensor,
-    *,
-    weight_sum: float,
-    penalty_sum: float,
-    consensus_l2: float,
+def settle_all(
+    bucket: Bucket,
+    works: Sequence[Work],
+    settings: Sequence[Settings],
+    outcomes: "Sequence[Outcome | None]",
+    message_sums: Sequence[Tensor],
+    agreed: Sequence[Agreed],
 ) -> None:
+    """`settle` for a bucket.
+
+    Args:
+        bucket, works, settings: as `send_local_steps` had them.
+        outcomes: what it returned.
+        message_sums: sums of the slots' messages over all workers; may be overwritten.
+        agreed: by group.
+    """
+    for places, outcome in zip(bucket.together, outcomes, strict=True):
+        group = works[places[0]].slot.group
+        if len(places) > 1 and _is_packed(works[places[0]]):
+            several = [works[i] for i in places]
+            whole = _packed(several)
+            settle(whole, settings[group], outcome, pack([message_sums[i] for i in places]), agreed[group])
+            _unpack_(whole, several)
+            continue
+        for row, i in enumerate(places):
+            own = outcome if outcome is None or len(places) == 1 else outcome.of_row(row)
+            settle(works[i], settings[group], own, message_sums[i], agreed[group])
+
+
+def settle(work: Work, settings: Settings, outcome: Outcome | None, message_sum: Tensor, agreed: Agreed) -> None:
     """The rest of one parameter's step, once it stands: dual, preconditioner state and consensus weights, in place.
 
     Args:
-        slot, state, gradient, settings: as `send_local_step` had them.
+        work, settings: as `send_local_step` had them.
         outcome: what it returned.
         message_sum: sum over all workers; may be overwritten.
-        weight_sum: sum of all alpha_i.
-        penalty_sum: sum of alpha_i sigma_i divided by `weight_sum`.
-        consensus_l2: lambda >= 0.
+        agreed: what else the ranks know together.
     """
+    _, own, state, gradient = work
     if outcome is not None:
-        move(slot.weights, message_sum.div_(weight_sum), penalty_sum=penalty_sum, consensus_l2=consensus_l2)
+        move(
+            own,
+            message_sum.div_(agreed.weight_sum),
+            penalty_sum=agreed.penalty_sum,
+            consensus_l2=agreed.consensus_l2,
+        )
         state.update(dual=outcome.dual, **outcome.preconditioner_state)
         return
-    fused = _fused(slot, state, gradient, settings, message_sum)
-    own = slot.weights
+    fused = _fused(work, settings, message_sum)
     weights = own.contiguous()  # itself, where its memory is in order
     if fused is not None:
         second_moment_commit_(
-            state["dual"],
-            state["second_moment"],
-            gradient,
-            weights,
-            message_sum,
-            fused,
-            weight_sum=weight_sum,
-            penalty_sum=penalty_sum,
-            consensus_l2=consensus_l2,
+            state["dual"], state["second_moment"], gradient, weights, message_sum, fused, **agreed._asdict()
         )
     if weights is not own:
         own.copy_(weights)
 
 
 def step_alone(
-    slots: Sequence[Slot],
-    states: Sequence[dict[str, Tensor]],
-    gradients: Sequence[Tensor],
-    settings: Sequence[Settings],
-    consensus_l2: Sequence[float],
+    bucket: Bucket, works: Sequence[Work], settings: Sequence[Settings], consensus_l2: Sequence[float]
 ) -> None:
     """A whole iteration where this worker is the only one, in place; `settings` and `consensus_l2` by group."""
-    for positions in _alike(slots):
-        slot, state, gradient = slots[positions[0]], states[positions[0]], gradients[positions[0]]
-        weights, group = slot.weights, slot.group
-        fused = _fused(slot, state, gradient, settings[group])
-        if fused is not None and weights.is_contiguous() and weights.dtype == gradient.dtype:
+    for places in bucket.together:
+        several = [works[i] for i in places]
+        group = several[0].slot.group
+        is_packed = len(places) > 1 and _is_packed(several[0])
+        whole = _packed(several) if is_packed else several[0]
+        fused = _fused(whole, settings[group])
+        if fused is not None and whole.weights.is_contiguous() and whole.weights.dtype == whole.gradient.dtype:
             second_moment_step_(
-                state["dual"], state["second_moment"], gradient, weights, fused, consensus_l2=consensus_l2[group]
-            )
-            continue
-        own_slots, own_states = [slots[i] for i in positions], [states[i] for i in positions]
-        own_gradients = [gradients[i] for i in positions]
-        messages = [torch.empty_like(g) for g in own_gradients]
-        outcomes = send_local_steps(own_slots, own_states, own_gradients, settings, 1.0, messages)
-        for i, outcome, message in zip(positions, outcomes, messages, strict=True):
-            settle(
-                slots[i],
-                states[i],
-                gradients[i],
-                settings[group],
-                outcome,
-                message,
-                weight_sum=1.0,
-                penalty_sum=settings[group].penalty,
+                whole.state["dual"],
+                whole.state["second_moment"],
+                whole.gradient,
+                whole.weights,
+                fused,
                 consensus_l2=consensus_l2[group],
             )
+            if is_packed:
+                _unpack_(whole, several)
+            continue
+        part = Bucket([], [], [list(range(len(places)))])
+        messages = [torch.empty_like(work.gradient) for work in several]
+        outcomes = send_local_steps(part, several, settings, 1.0, messages)
+        agreed = [Agreed(1.0, own.penalty, l2) for own, l2 in zip(settings, consensus_l2, strict=True)]
+        settle_all(part, several, settings, outcomes, messages, agreed)
 
 
-def _fused(
-    slot: Slot, state: dict[str, Tensor], gradient: Tensor, settings: Settings, *others: Tensor
-) -> StepSettings | None:
+def _fused(work: Work, settings: Settings, *others: Tensor) -> StepSettings | None:
     """How the passes of `admm.fused` are to take this step; None where they do not apply."""
-    rule = slot.preconditioner
-    if not isinstance(rule, SecondMoment) or not can_fuse(state["dual"], state["second_moment"], gradient, *others):
+    rule, state = work.slot.preconditioner, work.state
+    if not isinstance(rule, SecondMoment):
         return None
-    return StepSettings(rule, *settings, compiled=slot.is_compiled)
+    if not can_fuse(state["dual"], state["second_moment"], work.gradient, *others):
+        return None
+    return StepSettings(rule, *settings, compiled=work.slot.is_compiled)
+
+
+def _can_pass(work: Work, message: Tensor) -> bool:
+    """Whether `newton_schulz_message` takes this: on a GPU it saves memory traffic only where it is compiled."""
+    state = work.state
+    is_worth = work.slot.is_compiled or message.device.type == "cpu"
+    return is_worth and can_fuse(state["dual"], state["momentum_buffer"], work.gradient, message)
+
+
+def _is_packed(work: Work) -> bool:
+    """How several works become one: end to end, or stacked."""
+    return isinstance(work.slot.preconditioner, SecondMoment)
+
+
+def _packed(works: Sequence[Work]) -> Work:
+    """Copies of several parameters, laid end to end."""
+    state = {name: pack([work.state[name] for work in works]) for name in ("dual", "second_moment")}
+    return Work(works[0].slot, pack([w.weights for w in works]), state, pack([w.gradient for w in works]))
+
+
+def _unpack_(packed: Work, works: Sequence[Work]) -> None:
+    """What a step has made of `_packed(works)`, back to where it came from."""
+    unpack_(packed.weights, [work.weights for work in works])
+    for name, value in packed.state.items():
+        unpack_(value, [work.state[name] for work in works])
+
+
+def _stacked(works: Sequence[Work]) -> Work:
+    """Copies of state and gradients of parameters of one shape, with a new first dimension."""
+    state = {name: torch.stack([work.state[name] for work in works]) for name in works[0].state if name != RESIDUAL}
+    return Work(works[0].slot, works[0].weights, state, torch.stack([work.gradient for work in works]))
 
 
 def move(parameter: Tensor, message_sum: Tensor, *, penalty_sum: float, consensus_l2: float) -> None:

@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from pisa_dist.admm.preconditioners import Identity, NewtonSchulz, Preconditioner, SecondMoment
 from pisa_dist.communication import Communication
-from pisa_dist.local import ParamGroup
 from pisa_dist.optim_base import ADMMOptimizer
+from pisa_dist.slots import ParamGroup
 
 
 class PISA(ADMMOptimizer):

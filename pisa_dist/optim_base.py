@@ -23,26 +23,33 @@ from pisa_dist.distributed import broadcast_, require_same
 from pisa_dist.faults import NUM_FAULT_SCALARS, Fault, describe_faults, fault_tensor, first_bad
 from pisa_dist.local import (
     RESIDUAL,
-    ParamGroup,
-    Slot,
+    Agreed,
+    Work,
     count_step,
     describe_group,
     group_settings,
-    group_slots,
     local_gradient,
     send_local_steps,
-    settle,
+    settle_all,
     step_alone,
 )
 from pisa_dist.overlap import Flight, Sent, Used, make_buckets
 from pisa_dist.sharding import local_part, require_replicas, shard_group, sharded_like, sum_over
+from pisa_dist.slots import Bucket, ParamGroup, Slot, fingerprint, make_slots
 
 
 class Plan(NamedTuple):
-    """What an iteration sends: slots in message order, and positions of the slots in each bucket."""
+    """What an iteration sends.
+
+    Attributes:
+        slots: in message order.
+        buckets: in the order in which they go.
+        made_for: fingerprint of the groups of which this is true.
+    """
 
     slots: list[Slot]
-    buckets: list[list[int]]
+    buckets: list[Bucket]
+    made_for: list[Any]
 
 
 class ADMMOptimizer(torch.optim.Optimizer):
@@ -75,7 +82,7 @@ class ADMMOptimizer(torch.optim.Optimizer):
     def _connect(self) -> None:
         """Everything that depends on the process group and cannot be copied."""
         self._consensus = self._communication.consensus()
-        self._plan = Plan([], [])
+        self._plan = Plan([], [], [])
         self._shards: dist.ProcessGroup | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._flight: Flight | None = None
@@ -130,27 +137,19 @@ class ADMMOptimizer(torch.optim.Optimizer):
         require_same(description, group=self._communication.process_group, device=parameters[0].device)
         broadcast_([local_part(p).detach() for p in parameters], group=self._communication.process_group)
 
-    def _slots(self) -> list[Slot]:
-        slots: list[Slot] = []
-        for index, group in enumerate(self.param_groups):
-            slots += group_slots(
-                group, index, self._group_preconditioner(group), self._communication.is_compiled, first=len(slots)
-            )
-        return slots
-
     def _refresh_plan(self) -> None:
         """Which parameters train, in which buckets; hooks on them where messages are to overlap the backward pass."""
-        slots = self._slots()
-        parameters = [slot.parameter for slot in slots]
-        before = [slot.parameter for slot in self._plan.slots]
-        if len(before) == len(parameters) and all(a is b for a, b in zip(before, parameters, strict=True)):
-            self._plan = self._plan._replace(slots=slots)
+        rules = [self._group_preconditioner(group) for group in self.param_groups]
+        made_for = fingerprint(self.param_groups, rules)
+        if made_for == self._plan.made_for:
             return
+        slots = make_slots(self.param_groups, rules, self._communication.is_compiled)
         overlap = self._communication.overlap
         sizes = [slot.weights.numel() * state_dtype(slot.weights.dtype).itemsize for slot in slots]
-        self._plan = Plan(
-            slots, make_buckets(sizes, bucket_bytes=self._communication.bucket_mb * 2**20 if overlap else None)
-        )
+        bucket_bytes = self._communication.bucket_mb * 2**20 if overlap else None
+        buckets = [Bucket.of(slots, positions) for positions in make_buckets(sizes, bucket_bytes=bucket_bytes)]
+        self._plan = Plan(slots, buckets, made_for)
+        parameters = [slot.parameter for slot in slots]
         for hook in self._hooks:
             hook.remove()
         this = weakref.ref(self)  # hooks must not keep a dropped optimizer alive, nor go on for it
@@ -173,7 +172,6 @@ class ADMMOptimizer(torch.optim.Optimizer):
         finally:
             self._is_accumulating = before
 
-    @torch.no_grad()
     def _gradient_arrived(self, position: int) -> None:
         if self._is_accumulating:
             return
@@ -188,7 +186,8 @@ class ADMMOptimizer(torch.optim.Optimizer):
         self._refresh_plan()
         self._settings = [group_settings(group) for group in self.param_groups]
         self._found: list[Tensor] = []
-        self._flight = Flight(self._plan.buckets, self._send) if self._plan.slots else None
+        buckets = [bucket.positions for bucket in self._plan.buckets]
+        self._flight = Flight(buckets, self._send) if self._plan.slots else None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -228,7 +227,7 @@ class ADMMOptimizer(torch.optim.Optimizer):
         if sums[0]:
             self._refuse(sums)
         elif num_overflows == 0:
-            self._commit(flight.buckets, sent, weight_sum, penalty_sums)
+            self._commit(sent, weight_sum, penalty_sums)
         return loss
 
     def _refuse(self, fault_sums: Sequence[float]) -> None:
@@ -250,36 +249,34 @@ class ADMMOptimizer(torch.optim.Optimizer):
         if getattr(self, "grad_scale", None) is not None and self._communication.grad_scaler is None:
             raise RuntimeError("overlap=True needs to know the GradScaler: pass grad_scaler=scaler to the optimizer")
 
+    @torch.no_grad()  # a hook may call it
     def _send(self, number: int) -> Sent:
         """Local step of the parameters in one bucket, and their messages on their way."""
         bucket = self._plan.buckets[number]
-        slots = [self._plan.slots[position] for position in bucket]
-        scale = self._scale()
-        gradients = [local_gradient(slot.parameter, scale) for slot in slots]
+        gradients = self._gradients(bucket)
+        works = self._works(bucket, gradients)
         if getattr(self, "found_inf", None) is None:  # otherwise a GradScaler has looked
-            self._found.append(first_bad(gradients, bucket))
+            self._found.append(first_bad(gradients, bucket.positions))
         weight = self.worker_weight or 1.0
         is_last = number == len(self._plan.buckets) - 1
         scalars = self._scalars() if is_last else []
         buffer = MessageBuffer(
-            [slot.weights.shape for slot in slots],
+            [gradient.shape for gradient in gradients],
             len(scalars) and len(scalars) + NUM_FAULT_SCALARS,
             dtype=widest(gradients),
             device=gradients[0].device,
         )
-        outcomes = send_local_steps(
-            slots, [self._state(slot) for slot in slots], gradients, self._settings, weight, buffer.tensors
-        )
+        outcomes = send_local_steps(bucket, works, self._settings, weight, buffer.tensors)
         if self._communication.compression is not None:
-            for slot, message in zip(slots, buffer.tensors, strict=True):
-                if RESIDUAL in self.state[slot.parameter]:
-                    message += local_part(self.state[slot.parameter][RESIDUAL])
+            for work, message in zip(works, buffer.tensors, strict=True):
+                if RESIDUAL in work.state:
+                    message += work.state[RESIDUAL]
         if is_last:
             buffer.scalars[:NUM_FAULT_SCALARS] = (
                 fault_tensor(self._found, worker=self._consensus.rank) if self._found else 0
             )
             buffer.scalars[NUM_FAULT_SCALARS:] = on_device(scalars, dtype=buffer.flat.dtype, device=buffer.flat.device)
-        return Sent(outcomes, self._consensus.start_sum(buffer), [Used.now(slot.parameter) for slot in slots])
+        return Sent(outcomes, self._consensus.start_sum(buffer), [Used.now(slot.parameter) for slot in bucket.slots])
 
     def _scale(self) -> Tensor | None:
         """The factor by which a GradScaler has multiplied the gradients; None where there is none."""
@@ -293,12 +290,21 @@ class ADMMOptimizer(torch.optim.Optimizer):
         has_overflow = overflow is not None and bool(overflow)
         return [float(has_overflow), weight, *(weight * group.penalty for group in self._settings)]
 
+    def _gradients(self, bucket: Bucket) -> list[Tensor]:
+        scale = self._scale()
+        return [local_gradient(slot.parameter, scale) for slot in bucket.slots]
+
+    def _works(self, bucket: Bucket, gradients: Sequence[Tensor]) -> list[Work]:
+        return [Work(s, s.weights, self._state(s), g) for s, g in zip(bucket.slots, gradients, strict=True)]
+
     def _state(self, slot: Slot) -> dict[str, Tensor]:
-        """This rank's part of a parameter's state, in the memory of the state itself."""
-        state = self.state[slot.parameter]
+        """A parameter's state, itself; of a sharded one this rank's part, in the memory of the state."""
+        state: dict[str, Tensor] = self.state[slot.parameter]
         if "dual" not in state:
             dual = torch.zeros_like(slot.weights, dtype=state_dtype(slot.weights.dtype))
             self._keep(slot, {"dual": dual, **slot.preconditioner.init_state(dual)})
+        if slot.weights is slot.parameter:
+            return state
         return {name: local_part(value) for name, value in state.items()}
 
     def _keep(self, slot: Slot, state: dict[str, Tensor]) -> None:
@@ -308,55 +314,49 @@ class ADMMOptimizer(torch.optim.Optimizer):
             if kept.get(name) is not value:
                 kept[name] = sharded_like(slot.parameter, value)
 
+    def _keep_all(self, works: Sequence[Work]) -> None:
+        for work in works:
+            if work.state is not self.state[work.slot.parameter]:
+                self._keep(work.slot, work.state)
+
     def _refusals(self, sums: list[float]) -> list[float]:
         """With the faults and overflows of all shards, where a worker is several ranks: all must refuse alike."""
         device = self._plan.slots[0].weights.device
         return [*sum_over(self._shards, sums[: NUM_FAULT_SCALARS + 1], device), *sums[NUM_FAULT_SCALARS + 1 :]]
 
-    def _commit(
-        self, buckets: Sequence[Sequence[int]], sent: Sequence[Sent], weight_sum: float, penalty_sums: Sequence[float]
-    ) -> None:
-        scale = self._scale()
-        for bucket, arrived in zip(buckets, sent, strict=True):
-            slots = [self._plan.slots[position] for position in bucket]
-            for slot, outcome, message_sum in zip(slots, arrived.outcomes, arrived.buffer.tensors, strict=True):
-                state = self._state(slot)
-                settle(
-                    slot,
-                    state,
-                    local_gradient(slot.parameter, scale),
-                    self._settings[slot.group],
-                    outcome,
-                    message_sum,
-                    weight_sum=weight_sum,
-                    penalty_sum=penalty_sums[slot.group] / weight_sum,
-                    consensus_l2=self.param_groups[slot.group]["consensus_l2"],
-                )
-                self._keep(slot, state)
+    def _commit(self, sent: Sequence[Sent], weight_sum: float, penalty_sums: Sequence[float]) -> None:
+        agreed = [
+            Agreed(weight_sum, penalty_sum / weight_sum, group["consensus_l2"])
+            for penalty_sum, group in zip(penalty_sums, self.param_groups, strict=True)
+        ]
+        for bucket, arrived in zip(self._plan.buckets, sent, strict=True):
+            works = self._works(bucket, self._gradients(bucket))
+            settle_all(bucket, works, self._settings, arrived.outcomes, arrived.buffer.tensors, agreed)
+            self._keep_all(works)
             if arrived.total.residual is not None:
-                pieces = torch.split(arrived.total.residual, [slot.weights.numel() for slot in slots])
-                for slot, piece in zip(slots, pieces, strict=True):
-                    self._keep(slot, {RESIDUAL: piece.view(slot.weights.shape)})
+                pieces = torch.split(arrived.total.residual, [work.weights.numel() for work in works])
+                for work, piece in zip(works, pieces, strict=True):
+                    self._keep(work.slot, {RESIDUAL: piece.view(work.weights.shape)})
         count_step(self.param_groups)
 
     def _step_alone(self) -> None:
         """The step where this worker is the only one: nothing to send, and no rank that could still refuse it."""
-        slots = self._plan.slots
-        scale = self._scale()
-        gradients = [local_gradient(slot.parameter, scale) for slot in slots]
+        buckets = self._plan.buckets
+        gradients = [self._gradients(bucket) for bucket in buckets]
         overflow = getattr(self, "found_inf", None)
         if overflow is None:  # otherwise a GradScaler has looked
-            self._found = [first_bad(gradients, range(len(slots)))]
+            self._found = [first_bad(own, bucket.positions) for own, bucket in zip(gradients, buckets, strict=True)]
         faults = fault_tensor(self._found, worker=0).tolist() if self._found else [0.0] * NUM_FAULT_SCALARS
         *faults, num_overflows = self._refusals([*faults, float(overflow is not None and bool(overflow))])
         if faults[0]:
             self._refuse(faults)
         if faults[0] or num_overflows:
             return
-        states = [self._state(slot) for slot in slots]
-        step_alone(slots, states, gradients, self._settings, [group["consensus_l2"] for group in self.param_groups])
-        for slot, state in zip(slots, states, strict=True):
-            self._keep(slot, state)
+        consensus_l2 = [group["consensus_l2"] for group in self.param_groups]
+        for bucket, own in zip(buckets, gradients, strict=True):
+            works = self._works(bucket, own)
+            step_alone(bucket, works, self._settings, consensus_l2)
+            self._keep_all(works)
         count_step(self.param_groups)
 
     def _require_world(self) -> None:

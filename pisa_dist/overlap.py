@@ -34,7 +34,7 @@ class Used(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """One bucket on its way: outcome of each of its slots, the sum that is being formed, and what must still hold."""
+    """One bucket on its way: outcome of each of its steps, the sum that is being formed, and what must still hold."""
 
     outcomes: list[Outcome | None]
     total: Sum

@@ -20,7 +20,8 @@ LAYERS = (
     ("checks",),
     ("admm",),
     ("consensus", "distributed", "faults", "robust", "sharding"),
-    ("compression", "local"),
+    ("compression", "slots"),
+    ("local",),
     ("communication", "overlap"),
     ("optim_base",),
     ("optim",),
@@ -43,8 +44,8 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # The optimizer a user drops into a loop stands beside the trainer's stack: neither is built on the other.
-BESIDE = {"optim", "optim_base", "overlap", "local", "communication"}
-OFFERS_THEM = {"", "optim", "optim_base", "overlap"}
+BESIDE = {"optim", "optim_base", "overlap", "local", "slots", "communication"}
+OFFERS_THEM = {"", "optim", "optim_base", "overlap", "local"}
 
 NEVER_AT_START = ("torchvision", "wandb", "tensorboard", "transformers", "timm", "matplotlib", "sklearn", "scipy")
 

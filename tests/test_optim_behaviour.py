@@ -673,7 +673,7 @@ def test_patterns_need_named_parameters():
 def test_matrices_of_one_shape_step_together_as_they_do_one_by_one(monkeypatch, coefficients):
     ends = []
     for devices in (set(), {"cpu"}):
-        monkeypatch.setattr("pisa_dist.local.BATCHED_ON", devices)
+        monkeypatch.setattr("pisa_dist.slots.BATCHED_ON", devices)
         generator = torch.Generator().manual_seed(0)
         shapes = [(4, 3), (4, 3), (3, 4), (3, 2, 2, 2), (3, 2, 2, 2), (5,), (4, 3)]
         parameters = [nn.Parameter(torch.randn(s, dtype=torch.float64, generator=generator)) for s in shapes]

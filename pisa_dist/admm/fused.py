@@ -123,41 +123,45 @@ def newton_schulz_message(
     preconditioner_scale: float,
     worker_weight: float,
     shape: torch.Size,
+    compiled: bool,
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`worker_step` with `NewtonSchulz`: a kernel, the iterations, a kernel; the same equations, compiled.
+    """`worker_step` with `NewtonSchulz`: a pass, the iterations, a pass; the same equations, fewer temporaries.
 
     Args:
-        dual, momentum_buffer, gradient: pi, b, g before the step, float32; not changed.
+        dual, momentum_buffer, gradient: pi, b, g before the step; contiguous, of one type and device; not changed.
         rule: of the step.
         penalty, preconditioner_scale, worker_weight: sigma, rho, alpha.
         shape: the parameter's own shape.
+        compiled: make kernels with torch.compile.
         out: where the message alpha (pi + sigma u) goes.
 
     Returns:
         The new dual and the new momentum buffer.
     """
-    constants = (rule.momentum, rule.eps, penalty, preconditioner_scale, worker_weight)
-    numbers = on_device(constants, dtype=dual.dtype, device=dual.device)
-    buffer, averaged = _compiled(_before_iterations)(momentum_buffer, gradient, numbers)
-    direction = rule.orthogonalize(averaged, shape=shape)
-    new_dual, message = _compiled(_after_iterations)(dual, direction, numbers)
-    out.copy_(message)
+    numbers = (rule.momentum, rule.eps, penalty, preconditioner_scale, worker_weight)
+    constants = on_device(numbers, dtype=dual.dtype, device=dual.device) if compiled else numbers
+    buffer, averaged, new_dual = (torch.empty_like(dual) for _ in range(3))
+    _work_off(_momentum_kernel, (momentum_buffer, gradient, buffer, averaged), constants, compiled=compiled)
+    direction = rule.orthogonalize(averaged, shape=shape).contiguous()
+    _work_off(_direction_kernel, (dual, direction, new_dual, out), constants, compiled=compiled)
     return new_dual, buffer
 
 
-def _before_iterations(momentum_buffer: Tensor, gradient: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
+def _momentum_kernel(
+    momentum_buffer: Tensor, gradient: Tensor, buffer: Tensor, averaged: Tensor, constants: Constants
+) -> None:
     momentum: Any = constants[0]
-    buffer = momentum_update(momentum_buffer, gradient, momentum=momentum)
-    return buffer, nesterov_momentum(buffer, gradient, momentum=momentum)
+    buffer.copy_(momentum_update(momentum_buffer, gradient, momentum=momentum))
+    averaged.copy_(nesterov_momentum(buffer, gradient, momentum=momentum))
 
 
-def _after_iterations(dual: Tensor, direction: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
+def _direction_kernel(dual: Tensor, direction: Tensor, new_dual: Tensor, message: Tensor, constants: Constants) -> None:
     _, eps, penalty, scale, worker_weight = constants
-    q = (dual + direction).abs() + eps
+    q = (dual + direction).abs_().add_(eps)
     displacement = local_step(dual, direction, penalty=penalty, preconditioner_scale=scale, preconditioner=q)
-    new_dual = dual_update(dual, displacement, penalty=penalty)
-    return new_dual, worker_message(new_dual, displacement, penalty=penalty, worker_weight=worker_weight)
+    new_dual.copy_(dual_update(dual, displacement, penalty=penalty))
+    message.copy_(worker_message(new_dual, displacement, penalty=penalty, worker_weight=worker_weight))
 
 
 @lru_cache(maxsize=64)  # the same for all parameters of a group
@@ -191,7 +195,7 @@ def _work_off(kernel: Callable[..., None], tensors: Sequence[Tensor], constants:
 def _message_kernel(dual: Tensor, moment: Tensor, gradient: Tensor, message: Tensor, constants: Constants) -> None:
     *local, worker_weight = constants
     pi, _, r = _local(dual, moment, gradient, *local)
-    message.copy_((pi - r) * worker_weight)
+    message.copy_(pi.sub_(r).mul_(worker_weight))
 
 
 def _commit_kernel(
@@ -199,7 +203,7 @@ def _commit_kernel(
 ) -> None:
     *local, rate, shrinkage = constants
     pi, m, _ = _local(dual, moment, gradient, *local)
-    weights.copy_(weights * (1 - shrinkage) + message_sum * rate)
+    weights.copy_((message_sum * rate).add_(weights * (1 - shrinkage)))
     dual.copy_(pi)
     moment.copy_(m)
 
@@ -207,18 +211,22 @@ def _commit_kernel(
 def _alone_kernel(dual: Tensor, moment: Tensor, gradient: Tensor, weights: Tensor, constants: Constants) -> None:
     *local, rate, shrinkage = constants
     pi, m, r = _local(dual, moment, gradient, *local)
-    weights.copy_(weights * (1 - shrinkage) + (pi - r) * rate)
     dual.copy_(pi)
     moment.copy_(m)
+    weights.mul_(1 - shrinkage).add_(pi.sub_(r).mul_(rate))
 
 
 def _local(
     dual: Tensor, moment: Tensor, gradient: Tensor, largest: Any, decay: Any, mix: Any, slope: Any, offset: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """New dual, new moment, and r = -sigma u; the constants are numbers, or scalar tensors under torch.compile."""
+    """New dual, new moment, and r = -sigma u, in new memory.
+
+    The constants are numbers, or scalar tensors under torch.compile. Without it, what goes on in place stays in the
+    processor's nearest cache.
+    """
     d = dual + gradient
-    m = decay * moment + mix * torch.clamp(d * d, max=largest)
-    r = d / (torch.sqrt(m) * slope + offset)
+    m = (d * d).clamp_(max=largest).mul_(mix).add_(decay * moment)
+    r = d.div_(m.sqrt().mul_(slope).add_(offset))
     return dual - r, m, r
 
 

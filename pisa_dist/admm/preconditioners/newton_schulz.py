@@ -59,11 +59,15 @@ def newton_schulz(
     x = x / (_MARGIN[coefficients] * torch.linalg.matrix_norm(x, keepdim=True) + SMALLEST_NORM)
     if precision == "bfloat16" and x.dtype == torch.float32:
         x = x.bfloat16()
+    if x.ndim > 2:
+        x = x.reshape(-1, *x.shape[-2:])
+    add_product = torch.addmm if x.ndim == 2 else torch.baddbmm
     for step in range(steps):
         a, b, c = table[min(step, len(table) - 1)]
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+        polynomial = add_product(gram, gram, gram, beta=b, alpha=c)
+        x = add_product(x, polynomial, x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype).reshape(matrices.shape)
 
 
 def momentum_update(momentum_buffer: Tensor, gradient: Tensor, *, momentum: float) -> Tensor:
