@@ -39,10 +39,10 @@ class PisaLocal(Algorithm):
         w    <- w + kappa sum_i alpha_i u_i + (sigma P)^-1 sum_i alpha_i pi_i
     over the workers seen so far, whose alpha_i are scaled to sum to 1; an absent worker counts with u_i = 0 and its
     dual. A worker that takes part for the first time has no dual yet: pi_i becomes minus the mean of its gradients, and
-    after the first round, in which P is unknown, its u_i does not count. In the local steps P is diagonal, the mean over all workers seen of the RMS
-    of their gradients, each as of when it was last present; in the consensus it is what `metric` says. The diagonal is
-    formed anew in the first `metric_rounds` rounds and then every `metric_interval`; in other rounds a message is two
-    tensors of the model's size, in those three.
+    after the first round, in which P is unknown, its u_i does not count. In the local steps P is diagonal, the mean
+    over all workers seen of the RMS of their gradients, each as of when it was last present; in the consensus it is
+    what `metric` says. The diagonal is formed anew in the first `metric_rounds` rounds and then every
+    `metric_interval`; in other rounds a message is two tensors of the model's size, in those three.
 
     With metric=none P = I and the steps are plain ones; nothing is scaled to the workers seen and a message is one
     tensor. With one local step that is `algorithm=pisa`, the paper's step.
