@@ -289,6 +289,7 @@ class Trainer:
         )
         round_ = Round(
             number=number,
+            num_rounds=self.plan.rounds,
             num_local_steps=num_steps,
             weights=weights,
             workers=workers,

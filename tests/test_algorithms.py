@@ -22,6 +22,7 @@ SETTINGS = {
     "mifa": {"lr": 0.05},
     "diloco": {"lr": 0.003},
     "pisa_local": {"penalty": 50.0},
+    "pisa_auto": {},
 }
 
 
@@ -32,6 +33,7 @@ def method(name, **changes):
 def round_for(weights, gradients, *, worker_weight, number=1, local_steps=1, present_weight=1.0, shared=None):
     return Round(
         number=number,
+        num_rounds=100,
         num_local_steps=local_steps,
         weights=weights,
         workers=range(len(worker_weight)),

@@ -52,6 +52,7 @@ def run(algorithm, problem, rounds, *, present=lambda number: [0, 1, 2], steps=S
 
             round_ = Round(
                 number=number,
+                num_rounds=rounds,
                 num_local_steps=num_local_steps,
                 weights=weights,
                 workers=rows,

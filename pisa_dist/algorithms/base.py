@@ -33,6 +33,7 @@ class Round:
 
     Attributes:
         number: t, from 1.
+        num_rounds: rounds that the run is to have, for what anneals.
         num_local_steps: gradient steps that each worker here takes; those of another call, for other workers or on
             another rank, may take another number.
         weights: consensus weights w by name, [*shape] each; in local work those that the workers here started from,
@@ -48,6 +49,7 @@ class Round:
     """
 
     number: int
+    num_rounds: int
     num_local_steps: int
     weights: Tensors
     workers: Sequence[int]
