@@ -149,7 +149,13 @@ def test_the_protocols_have_the_steps_that_they_say() -> None:
     quick, niid = PROTOCOLS["quick"], PROTOCOLS["niid"]
     assert quick.step_overrides(LOCAL, 10_000) == ["rounds=30", "local_steps=20", "batch_size=100", "eval_every=5"]
     assert quick.step_overrides(ONE_STEP, 10_000) == ["rounds=30", "local_steps=1", "batch_size=2000", "eval_every=5"]
-    assert niid.step_overrides(LOCAL, 60_000) == ["rounds=50", "local_steps=938", "batch_size=64", "eval_every=5"]
+    assert niid.step_overrides(LOCAL, 60_000) == [
+        "rounds=50",
+        "local_steps=1",
+        "local_epochs=10",
+        "batch_size=64",
+        "eval_every=5",
+    ]
     assert niid.step_overrides(ONE_STEP, 60_000) == ["rounds=500", "local_steps=1", "batch_size=6000", "eval_every=50"]
     assert split_overrides("noise_0.1") == ["split=feature_noise", "split.noise_level=0.1"]
     assert split_overrides("label_2") == ["split=label_k", "split.labels_per_worker=2"]

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pisa_dist.algorithms import ALGORITHMS
 from pisa_dist.benchmark.protocols import LOCAL, ONE_STEP, Protocol
 
 Setting = tuple[str, ...]
@@ -59,13 +58,8 @@ def _synchronous(optimizer: str, mlp: Sequence[float], cnn: Sequence[float], *op
 
 
 METHODS: dict[str, Method] = {
-    "pisa": Method("PISA, local steps", ("algorithm=pisa_local",), ours=True),
-    "pisa_tuned": Method(
-        "PISA, local steps, tuned",
-        ("algorithm=pisa_local",),
-        [("algorithm.penalty=20", "algorithm.lr=0.001"), ("algorithm.penalty=100",), ("algorithm.penalty=300",)],
-        ours=True,
-    ),
+    "pisa": Method("PISA, untuned", ("algorithm=pisa_auto",), ours=True),
+    "pisa_tuned": Method("PISA, tuned", ("algorithm=pisa_auto",), _lr(0.5, 1.0, 2.0), ours=True),
     "sisa": Method(
         "SISA", ("algorithm=sisa",), [(f"algorithm.penalty={p}",) for p in (0.5, 2, 8)], kind=ONE_STEP, ours=True
     ),
@@ -76,7 +70,7 @@ METHODS: dict[str, Method] = {
     "fedavg": _local_sgd("fedavg", "FedAvg", momentum=True),
     "fedprox": _local_sgd("fedprox", "FedProx", momentum=True),
     "scaffold": _local_sgd("scaffold", "SCAFFOLD"),
-    **({"fednova": _local_sgd("fednova", "FedNova")} if "fednova" in ALGORITHMS else {}),
+    "fednova": _local_sgd("fednova", "FedNova", momentum=True),
     "feddyn": _local_sgd("feddyn", "FedDyn"),
     "mifa": _local_sgd("mifa", "MIFA"),
     "diloco": Method("DiLoCo", ("algorithm=diloco",), _lr(0.0001, 0.0003, 0.001)),

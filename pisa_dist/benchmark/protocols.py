@@ -98,16 +98,12 @@ class Protocol:
             samples = shard if self.epochs else self.passes * shard
             rounds, steps, batch = self.one_step_rounds, 1, math.ceil(samples)
         elif self.epochs is not None:
-            rounds, steps, batch = self.rounds, epoch_steps(self.epochs, shard, self.batch_size), self.batch_size
+            rounds, steps, batch = self.rounds, 1, self.batch_size
         else:
             rounds, steps, batch = self.rounds, LOCAL_STEPS, max(1, round(self.passes * shard / LOCAL_STEPS))
         eval_every = max(1, self.eval_every * rounds // self.rounds)
-        return [f"rounds={rounds}", f"local_steps={steps}", f"batch_size={batch}", f"eval_every={eval_every}"]
-
-
-def epoch_steps(epochs: int, shard: float, batch_size: int) -> int:
-    """Local steps of a worker with a mean shard, the same for all: ceil(epochs * n / (m * batch_size))."""
-    return math.ceil(epochs * shard / batch_size)
+        epochs = [f"local_epochs={self.epochs}"] if kind == LOCAL and self.epochs is not None else []
+        return [f"rounds={rounds}", f"local_steps={steps}", *epochs, f"batch_size={batch}", f"eval_every={eval_every}"]
 
 
 PROTOCOLS = {
@@ -128,9 +124,8 @@ PROTOCOLS = {
         Protocol(
             name="niid",
             summary=(
-                "NIID-Bench: all training samples, 10 workers, 50 rounds of 10 local epochs of the mean shard in "
-                "minibatches of 64; one-step methods take 500 rounds of one local pass, a tenth of the passes and ten "
-                "times the rounds"
+                "NIID-Bench: all training samples, 10 workers, 50 rounds of 10 local epochs in minibatches of 64; "
+                "one-step methods take 500 rounds of one local pass, a tenth of the passes and ten times the rounds"
             ),
             models={**MODELS, "fashion_mnist": "cnn", "mnist": "cnn"},
             rounds=50,

@@ -1,0 +1,231 @@
+"""What the grid leaves open: absent workers at equal passes, one worker in ten, stragglers, many workers.
+
+    PISA_DATA=<folder with fashion-mnist/> python benchmarks/heterogeneity/studies.py passes few stragglers workers
+
+Fashion-MNIST, 10,000 training samples, MLP, as in protocol quick. Baselines take the settings that the grid chose for
+the same split at 30 % participation (results.jsonl beside this file), PISA its default. A line per run in
+studies.jsonl, a table of each study in studies.md.
+"""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+
+from pisa_dist.benchmark.methods import METHODS, label
+from pisa_dist.benchmark.pool import Pool
+from pisa_dist.benchmark.protocols import LOCAL, LOCAL_STEPS, PROTOCOLS, Cell
+from pisa_dist.runner import load_data, trainer_alone
+from pisa_dist.train import compose_config
+
+HERE = Path(__file__).parent
+PROTOCOL = PROTOCOLS["quick"]
+NUM_TRAIN = 10_000
+SEEDS = (0, 1, 2)
+SPLITS = ("label_1", "label_2", "dirichlet_0.1", "dirichlet_0.5", "noise_0.1", "iid")
+OURS = "pisa"
+BASELINES = ("synchronous_muon", "synchronous_adamw", "diloco")
+# Log-normal speeds with this factor between the quartiles; the median worker makes one local step in a second.
+SPEED_SPREAD = 4
+
+
+def chosen_setting(method: str, split: str) -> list[str]:
+    """What the grid chose for a method in this split at 30 % participation."""
+    for line in (HERE / "results.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if (record["method"], record["split"], record["participation"], record["phase"], record["dataset"]) == (
+            method,
+            split,
+            0.3,
+            "score",
+            "fashion_mnist",
+        ):
+            return list(record["setting"])
+    raise ValueError(f"results.jsonl has no scored run of {method} in {split} at 30 %")
+
+
+def overrides(method: str, split: str, participation: float, seed: int, *extra: str) -> list[str]:
+    """A run's overrides; the later of two for one key counts."""
+    kind = METHODS[method].kind
+    setting = [] if METHODS[method].ours else chosen_setting(method, split)
+    every = [
+        *PROTOCOL.data_overrides(Cell("fashion_mnist", split, participation)),
+        *METHODS[method].overrides,
+        *setting,
+        *PROTOCOL.step_overrides(kind, NUM_TRAIN),
+        "device=cpu",
+        f"seed={seed}",
+        *extra,
+    ]
+    return list({item.partition("=")[0]: item for item in every}.values())
+
+
+def train(task: tuple[dict[str, object], list[str]]) -> dict[str, object]:
+    """One run: what it was, and accuracy by round and virtual second."""
+    facts, arguments = task
+    torch.set_num_threads(1)
+    config = compose_config(arguments)
+    data = load_data(config)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    trainer = trainer_alone(config, data)
+    curve, started = [], time.perf_counter()
+    for number, _, metrics in trainer.run():
+        if metrics is not None:
+            curve.append([number, metrics["test_accuracy"], metrics.get("virtual_seconds")])
+    return {
+        **facts,
+        "overrides": arguments,
+        "rounds": trainer.state.round_number,
+        "passes": trainer.state.samples_seen / NUM_TRAIN,
+        "bytes_sent": trainer.state.bytes_sent,
+        "seconds": time.perf_counter() - started,
+        "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "megabytes_before": before / 1024,
+        "state_megabytes": sum(v.nbytes for kinds in trainer.state.workers.values() for v in kinds.values()) / 2**20,
+        "last_accuracy": curve[-1][1],
+        "curve": curve,
+    }
+
+
+def passes() -> list[tuple[dict[str, object], list[str]]]:
+    """30 % of the workers for 100 rounds against everyone for 30: the same passes."""
+    return [
+        ({"study": "passes", "method": OURS, "split": split, "participation": p, "seed": seed},
+         overrides(OURS, split, p, seed, f"rounds={rounds}", f"eval_every={rounds}"))
+        for split in SPLITS
+        for p, rounds in ((0.3, 100), (1.0, 30))
+        for seed in SEEDS
+    ]  # fmt: skip
+
+
+def few() -> list[tuple[dict[str, object], list[str]]]:
+    """One worker of ten in each round."""
+    return [
+        ({"study": "few", "method": method, "split": split, "participation": 0.1, "seed": seed},
+         overrides(method, split, 0.1, seed))
+        for split in SPLITS
+        for method in (OURS, *BASELINES)
+        for seed in SEEDS
+    ]  # fmt: skip
+
+
+def stragglers() -> list[tuple[dict[str, object], list[str]]]:
+    """Everyone takes part, at unequal speeds: a consensus when the median worker is done, or when the slowest is.
+
+    A one-step method's step takes all samples of a round, and so as long as the local steps of the others.
+    """
+    tasks = []
+    for split in ("label_1", "dirichlet_0.5"):
+        for method in (OURS, *BASELINES):
+            steps = LOCAL_STEPS if METHODS[method].kind == LOCAL else 1
+            for wait in ("median", "slowest"):
+                for seed in SEEDS:
+                    clock = [f"clock.speed_spread={SPEED_SPREAD}", "eval_every=1"]
+                    clock += [f"clock.period={steps}"] if wait == "median" else []
+                    facts = {"study": "stragglers", "method": method, "split": split, "seed": seed, "wait": wait}
+                    tasks.append(({**facts, "steps": steps}, overrides(method, split, 1.0, seed, *clock)))
+    return tasks
+
+
+def workers() -> list[tuple[dict[str, object], list[str]]]:
+    """10, 100 and 1,000 workers, everyone present, minibatches of 10."""
+    extra = ("local_steps=10", "batch_size=10", "rounds=3", "eval_every=3", "data.num_train=60000")
+    return [
+        ({"study": "workers", "method": OURS, "num_workers": m, "seed": 0},
+         overrides(OURS, "iid", 1.0, 0, f"num_workers={m}", *extra))
+        for m in (10, 100, 1000)
+    ]  # fmt: skip
+
+
+def tables(lines: list[dict]) -> str:
+    """Markdown tables of the studies that there are lines of."""
+    out = []
+
+    def score(**key: object) -> str:
+        values = [100 * x["last_accuracy"] for x in lines if all(x.get(k) == v for k, v in key.items())]
+        return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else "-"
+
+    studies = {x["study"] for x in lines}
+    if "passes" in studies:
+        out += ["PISA at equal passes", "", "| split | 30 %, 100 rounds | everyone, 30 rounds |", "| --- | --- | --- |"]
+        for split in SPLITS:
+            pair = [score(study="passes", split=split, participation=p) for p in (0.3, 1.0)]
+            out.append(f"| {split} | {pair[0]} | {pair[1]} |")
+    if "few" in studies:
+        names = (OURS, *BASELINES)
+        out += ["", "10 % participation, 30 rounds", "", "| split | " + " | ".join(map(label, names)) + " |"]
+        out.append("| --- |" + " --- |" * len(names))
+        out += [f"| {s} | " + " | ".join(score(study="few", split=s, method=n) for n in names) + " |" for s in SPLITS]
+    if "stragglers" in studies:
+        out += ["", "Stragglers: accuracy after virtual time, in rounds of the median worker", ""]
+        out += [
+            "| split | method | consensus with | 10 | 20 | 30 | 60 |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for split in ("label_1", "dirichlet_0.5"):
+            for method in (OURS, *BASELINES):
+                for wait in ("median", "slowest"):
+                    runs = [
+                        x
+                        for x in lines
+                        if (x["study"], x.get("split"), x["method"], x.get("wait"))
+                        == ("stragglers", split, method, wait)
+                    ]
+                    cells = [accuracy_at(runs, time_) for time_ in (10, 20, 30, 60)]
+                    who = "whoever is done" if wait == "median" else "everyone"
+                    out.append(f"| {split} | {label(method)} | {who} | " + " | ".join(cells) + " |")
+    if "workers" in studies:
+        out += [
+            "",
+            "| workers | seconds per 100 worker-steps | MB of state per worker | peak MB |",
+            "| --- |" + " --- |" * 3,
+        ]
+        for x in sorted((x for x in lines if x["study"] == "workers"), key=lambda x: x["num_workers"]):
+            steps = x["num_workers"] * 10 * 3 / 100
+            state = x["state_megabytes"] / x["num_workers"]
+            out.append(f"| {x['num_workers']} | {x['seconds'] / steps:.3f} | {state:.2f} | {x['peak_megabytes']:.0f} |")
+    return "\n".join(out) + "\n"
+
+
+def accuracy_at(runs: list[dict], rounds_of_median: float) -> str:
+    """Mean accuracy of the last consensus until then; a dash where the runs end before."""
+    values = []
+    for x in runs:
+        reached = [a for _, a, seconds in x["curve"] if seconds <= rounds_of_median * x["steps"] + 1e-9]
+        if reached and x["curve"][-1][2] >= rounds_of_median * x["steps"] - 1e-9:
+            values.append(100 * reached[-1])
+    return f"{mean(values):.1f}" if len(values) == len(runs) and values else "-"
+
+
+def main(names: list[str]) -> None:
+    """Run the studies named, add their lines to studies.jsonl in place of earlier ones, and write studies.md."""
+    known = {study.__name__: study for study in (passes, few, stragglers, workers)}
+    for name in names:
+        if name not in known:
+            raise SystemExit(f"studies are {', '.join(known)}, got {name!r}")
+    path = HERE / "studies.jsonl"
+    kept = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    for name in names:
+        tasks = known[name]()
+        lines: list[dict] = []
+        with Pool(train, 1 if name == "workers" else 2) as pool:
+            while tasks or pool.running:
+                while tasks and pool.num_free:
+                    pool.submit(tasks.pop(0))
+                for finished in pool.wait():
+                    if finished.error:
+                        raise SystemExit(f"{finished.task[0]}: {finished.error}")
+                    lines.append(finished.value)
+                    print(f"{name}: {len(lines)} done, {len(tasks)} to go", flush=True)
+        kept = [line for line in kept if line["study"] != name] + lines
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        (HERE / "studies.md").write_text(tables(kept))
+    print(tables(kept))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
