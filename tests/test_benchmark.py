@@ -407,10 +407,10 @@ def test_the_tables_show_means_intervals_and_failures(records: list[dict[str, An
     write_report(tmp_path, records, {"protocol": "quick"})
     text = (tmp_path / "table.md").read_text()
     # 81 ± 12.706 * 1.41421 / sqrt(2); the one run of mifa that did not fail has no interval.
-    assert "| PISA, local steps | 81.0 ± 12.7 |\n" in text
+    assert "| PISA, untuned | 81.0 ± 12.7 |\n" in text
     assert "| MIFA | 60.0 (1 failed) |\n" in text
-    assert "| **PISA, local steps, tuned** |" not in text
-    assert "| PISA, local steps, tuned | **90.0 ± 0.0** |" in text
+    assert "| **PISA, tuned** |" not in text
+    assert "| PISA, tuned | **90.0 ± 0.0** |" in text
     assert "| digits label_1 participation 1, mifa, score seed 1 | FloatingPointError: a NaN |" in text
     assert "2 cells, scored seeds 0, 1." in text
 
