@@ -8,7 +8,7 @@ from pisa_dist.algorithms.base import Algorithm, ConsensusResult, LocalResult, R
 from pisa_dist.algorithms.pisa_local import PisaLocal
 
 # sigma in the first and in the last round. Its inverse is the consensus step in units of the metric.
-FIRST_PENALTY, LAST_PENALTY = 25.0, 230.0
+FIRST_PENALTY, LAST_PENALTY = 30.0, 280.0
 
 
 @dataclass
@@ -16,7 +16,7 @@ class PisaAuto(Algorithm):
     """`pisa_local` with Muon's metric, everything but the learning rate set by what a run shows and is.
 
     - The scale of the gradients, which the penalty must match in the paper's form, is measured: P is made of it.
-    - sigma grows geometrically from 25 in the first round to 230 in the last, whatever their number: large steps first,
+    - sigma grows geometrically from 30 in the first round to 280 in the last, whatever their number: large steps first,
       small ones in the end.
     - rho follows sigma and the number of local steps, so that a round's steps together forget about two thirds of a
       dual.
