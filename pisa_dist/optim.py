@@ -96,6 +96,13 @@ class PISA(ADMMOptimizer):
         )
         super().__init__(params, defaults, communication)
 
+    def _check_group(self, settings: ParamGroup) -> None:
+        if asks_for_local_steps(settings):
+            raise ValueError(
+                "`local_steps` and `metric` in a parameter group need local_steps > 1 or a metric for PISA itself"
+            )
+        super()._check_group(settings)
+
     def _group_preconditioner(self, group: ParamGroup) -> Preconditioner:
         return self._preconditioner
 

@@ -17,7 +17,16 @@ from pisa_dist.consensus import MessageBuffer, widest
 from pisa_dist.faults import NUM_FAULT_SCALARS, Fault, describe_faults, describe_overflow, fault_scalars
 from pisa_dist.local import local_gradient
 from pisa_dist.optim_worker import WorkerOptimizer
-from pisa_dist.rounds import COUNTERS, begin_round, contribution, end_round, local_step, round_penalty
+from pisa_dist.rounds import (
+    COUNTERS,
+    begin_round,
+    contribution,
+    end_round,
+    is_seen,
+    local_step,
+    round_penalty,
+    void_round,
+)
 from pisa_dist.slots import ParamGroup, Trainable, trainable
 
 # Arguments of `PISA` without local steps and metric that have no meaning here.
@@ -61,7 +70,8 @@ class LocalPISA(WorkerOptimizer):
         on_nonfinite: what a NaN or infinite gradient does, which only its own rank sees at once and leaves out. With
             "skip" that is all. With "raise" the consensus tells it to all ranks, and all raise FloatingPointError: the
             round is void, weights, duals and metric are those of the last consensus; the moments keep what they have
-            seen of finite gradients. Overflows that a GradScaler finds are left out either way.
+            seen of finite gradients. Overflows that a GradScaler finds are left out either way. A sum of messages that
+            overflows voids the round on every rank, silently with "skip".
 
     Raises:
         ValueError: a setting out of range, sharded parameters, or ranks whose parameters or settings differ.
@@ -263,7 +273,7 @@ class LocalPISA(WorkerOptimizer):
         ]
         weight, first_fault = self.worker_weight or 1.0, groups[0]["first_fault"]
         fault = None if first_fault is None else Fault(self._consensus.rank, first_fault)
-        scalars = [1.0, *penalties, *(float(state["num_steps"] > 0) for state in states)]
+        scalars = [1.0, *penalties, *(float(is_seen(state)) for state in states)]
         buffer = self._weighted_sum(
             [message for mine in own for message in mine.message],
             weight,
@@ -276,7 +286,9 @@ class LocalPISA(WorkerOptimizer):
         weight_sum, *sums = sums[NUM_FAULT_SCALARS:]
         message_sums = iter(buffer.tensors)
         for slot, state, mine, seen in zip(slots, states, own, sums[len(groups) :], strict=True):
-            if not is_void:
+            if is_void:
+                void_round(state)
+            else:
                 end_round(
                     state,
                     mine.dual,

@@ -117,7 +117,7 @@ def contribution(state: dict[str, Any], group: ParamGroup, *, penalty: float) ->
         dual = dual_update(state["dual"], displacement, penalty=penalty)
         pull = group["relaxation"] * penalty
         return Contribution(dual, [worker_message(dual, displacement, penalty=pull, worker_weight=1.0)])
-    if "gradient_sum" in state and state["num_steps"]:
+    if "gradient_sum" in state and is_seen(state):
         dual = first_dual(state["gradient_sum"], state["num_steps"])
         displacement = newcomers_displacement(displacement, state["metric"])
     else:
@@ -127,6 +127,11 @@ def contribution(state: dict[str, Any], group: ParamGroup, *, penalty: float) ->
     if is_metric_due(number, metric_rounds=group["metric_rounds"], metric_interval=group["metric_interval"]):
         message.append(solver.rms(state, count=max(state["num_steps"], 1)))
     return Contribution(dual, message)
+
+
+def is_seen(state: dict[str, Any]) -> bool:
+    """Whether this worker's dual stands for its data, or will with this consensus: it has taken a step yet."""
+    return "gradient_sum" not in state or state["num_steps"] > 0
 
 
 def end_round(
@@ -148,7 +153,7 @@ def end_round(
         group: its settings.
         penalty: sigma.
         weight_sum: sum of all alpha_i.
-        seen: sum of those whose workers have taken a step yet.
+        seen: sum of those of the workers that are seen.
     """
     state["num_rounds"] += 1
     state["dual"] = dual
@@ -156,7 +161,7 @@ def end_round(
     if rule is None:
         state["anchor"] = consensus_update(state["anchor"], message_sum[0] / weight_sum, penalty_sum=penalty)
         return
-    if state["num_steps"]:
+    if is_seen(state):
         state.pop("gradient_sum", None)
     if seen == 0:
         return
@@ -175,6 +180,18 @@ def end_round(
         eps=group["eps"],
     )
     state.update(metric_state)
+
+
+def void_round(state: dict[str, Any]) -> None:
+    """The round does not count: the next one starts from `anchor` with the duals and the metric as they were.
+
+    What a worker remembers of its gradients stays, unless it has overflowed: then it begins anew.
+    """
+    memory = [state[name] for name in (*_MOMENTS, "gradient_sum") if name in state]
+    if memory and not bool(torch.stack([m.isfinite().all() for m in memory]).all()):
+        state["num_steps"] = 0
+        for tensor in memory:
+            tensor.zero_()
 
 
 def _solver(group: ParamGroup) -> LocalSolver | AdaptiveSolver:
