@@ -20,6 +20,7 @@ from pisa_dist import PISA, LocalPISA
 from pisa_dist.algorithms import ALGORITHMS
 from pisa_dist.data.sampling import draw_batches
 from pisa_dist.metrics import cross_entropy
+from pisa_dist.rounds import begin_round, contribution, local_step
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -369,6 +370,20 @@ def test_a_square_that_overflows_voids_its_round_and_is_forgotten(huge_step):
     assert not torch.equal(weights[-1], weights[-3])
 
 
+def test_a_newcomer_sends_minus_its_mean_gradient_and_moves_nothing_once_there_is_a_metric():
+    group = PISA([nn.Parameter(torch.zeros(2))], local_steps=2, metric="adam").param_groups[0]
+    state = {}
+    begin_round(state, torch.ones(2), group)
+    state["metric"] = torch.tensor([0.5, 0.0])
+    for gradient in (1.0, 4.0):
+        local_step(state, torch.full((2,), gradient), group)
+    dual, (displacement, sent, _) = contribution(state, group, penalty=100.0)
+    assert sent is dual
+    torch.testing.assert_close(dual, torch.full((2,), -2.5))
+    assert displacement[0] == 0
+    assert displacement[1] == state["displacement"][1] != 0
+
+
 # In the middle of a round
 
 
@@ -400,6 +415,7 @@ def every_case_on_two_ranks(rank, num_ranks):
         count_collectives,
         resume_in_a_round,
         meet_bad_gradients,
+        miss_the_first_round,
         train_with_gradient_scaler,
         train_on_skewed_data,
         construct_what_does_not_fit,
@@ -528,6 +544,32 @@ def test_a_nan_on_one_rank_voids_the_round_of_all_or_is_left_out_there(two_ranks
         assert all(torch.equal(a, b) for a, b in zip(first[mode], second[mode], strict=True))
         assert not torch.equal(first[mode][4], first[mode][3])
     assert not torch.equal(first["skip"][2], first["skip"][1])
+
+
+def step_round(model, optimizer, rank, number, *, is_poisoned=False):
+    for step in range(number * STEPS, (number + 1) * STEPS):
+        for position, p in enumerate(model.parameters()):
+            p.grad = torch.sin(p.detach() + position + step + rank)
+        if is_poisoned:
+            model[0].bias.grad[0] = math.nan
+        optimizer.step()
+    return flat(model)
+
+
+def miss_the_first_round(rank):
+    """Weights after each of three rounds, in the first of which rank 1 has no finite gradient."""
+    model, optimizer = make_net(rank, on_nonfinite="skip", metric="adam")
+    return [step_round(model, optimizer, rank, n, is_poisoned=rank == 1 and n == 0) for n in range(3)]
+
+
+def test_a_rank_without_any_finite_gradient_yet_does_not_count_and_joins_later(two_ranks):
+    first, second = two_ranks(miss_the_first_round)
+    model = small_net()
+    alone = PISA(model.parameters(), local_steps=STEPS, metric="adam")
+    torch.testing.assert_close(first[0], step_round(model, alone, 0, 0), rtol=1e-12, atol=1e-12)
+    difference = (first[1] - step_round(model, alone, 0, 1)).abs().max()
+    assert 1e-6 < difference < 1
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def train_with_gradient_scaler(rank):
