@@ -5,6 +5,7 @@ Zhou, Wang, Luo, Zhu, Li: "Preconditioned inexact stochastic ADMM for deep model
 """
 
 from pisa_dist.optim import NSISA, PISA, SISA
+from pisa_dist.optim_local import LocalPISA
 
 __version__ = "0.1.0"
-__all__ = ["NSISA", "PISA", "SISA", "__version__"]
+__all__ = ["NSISA", "PISA", "SISA", "LocalPISA", "__version__"]

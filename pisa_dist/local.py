@@ -74,9 +74,10 @@ class Agreed(NamedTuple):
     consensus_l2: float
 
 
-def describe_group(group: ParamGroup) -> list[str]:
-    """What all ranks must agree on in one parameter group, a line each."""
-    lines = [f"consensus_l2={group['consensus_l2']} in a parameter group"]
+def describe_group(group: ParamGroup, names: Sequence[str]) -> list[str]:
+    """What all ranks must agree on in one parameter group, a line each: the settings `names` and the parameters."""
+    settings = ", ".join(f"{name}={group[name]}" for name in names)
+    lines = [f"{settings} in a parameter group"]
     for p in group["params"]:
         here = local_part(p)
         part = "" if here is p else f", {tuple(here.shape)} of it on this rank"

@@ -1,4 +1,4 @@
-"""PISA, SISA and NSISA as drop-in `torch.optim.Optimizer`s: one worker per rank, one all-reduce per step."""
+"""PISA, SISA and NSISA as drop-in `torch.optim.Optimizer`s: one worker per rank, one all-reduce per step or round."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,6 +9,7 @@ import torch.distributed as dist
 from pisa_dist.admm.preconditioners import Identity, NewtonSchulz, Preconditioner, SecondMoment
 from pisa_dist.communication import Communication
 from pisa_dist.optim_base import ADMMOptimizer
+from pisa_dist.optim_local import LocalPISA, asks_for_local_steps
 from pisa_dist.slots import ParamGroup
 
 
@@ -46,10 +47,18 @@ class PISA(ADMMOptimizer):
         grad_scaler: with overlap under AMP, the GradScaler, whose scale is in the gradients.
         fused: make one kernel of SISA's step with torch.compile, which takes seconds at the first step and a C++
             compiler (CPU) or Triton (CUDA). None: on CUDA where Triton is installed, not on the CPU.
+        local_steps: calls of `step` from one consensus to the next. With more than one, or with a metric, the optimizer
+            is a `LocalPISA`: arguments, defaults and behaviour are that class's, and there is no preconditioner,
+            consensus_l2, overlap, compression or fused.
+        metric: "none", "adam", "muon" or "kron"; None is "none" with one local step and "muon" with more.
 
     Raises:
         ValueError: a setting out of range, or ranks whose parameters differ in shape, type or number.
     """
+
+    def __new__(cls, *args: Any, **settings: Any) -> Any:
+        """A `LocalPISA` where the settings ask for local steps or a metric, as `pathlib.Path` is one of its forms."""
+        return LocalPISA.of(*args, **settings) if asks_for_local_steps(settings) else super().__new__(cls)
 
     def __init__(
         self,
@@ -70,6 +79,8 @@ class PISA(ADMMOptimizer):
         compression: str | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         fused: bool | None = None,
+        local_steps: int = 1,
+        metric: str | None = None,
     ) -> None:
         self._preconditioner = preconditioner or Identity()
         defaults = {
@@ -84,6 +95,13 @@ class PISA(ADMMOptimizer):
             worker_weight, process_group, on_nonfinite, overlap, bucket_mb, compression, grad_scaler, fused
         )
         super().__init__(params, defaults, communication)
+
+    def _check_group(self, settings: ParamGroup) -> None:
+        if asks_for_local_steps(settings):
+            raise ValueError(
+                "`local_steps` and `metric` in a parameter group need local_steps > 1 or a metric for PISA itself"
+            )
+        super()._check_group(settings)
 
     def _group_preconditioner(self, group: ParamGroup) -> Preconditioner:
         return self._preconditioner

@@ -5,36 +5,31 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from pisa_dist.admm.device import keep_freed_memory, on_device
+from pisa_dist.admm.device import on_device
 from pisa_dist.admm.preconditioners import Preconditioner
 from pisa_dist.admm.updates import state_dtype
-from pisa_dist.checks import check_ranges
 from pisa_dist.communication import Communication
 from pisa_dist.consensus import MessageBuffer, widest
-from pisa_dist.distributed import broadcast_, require_same
 from pisa_dist.faults import NUM_FAULT_SCALARS, Fault, describe_faults, fault_tensor, first_bad
 from pisa_dist.local import (
     RESIDUAL,
     Agreed,
     Work,
     count_step,
-    describe_group,
     group_settings,
     local_gradient,
     send_local_steps,
     settle_all,
     step_alone,
 )
+from pisa_dist.optim_worker import WorkerOptimizer
 from pisa_dist.overlap import Flight, Sent, Used, make_buckets
-from pisa_dist.sharding import local_part, require_replicas, shard_group, sharded_like, sum_over
+from pisa_dist.sharding import local_part, sharded_like, sum_over
 from pisa_dist.slots import Bucket, ParamGroup, Slot, fingerprint, make_slots
 
 
@@ -52,90 +47,34 @@ class Plan(NamedTuple):
     made_for: list[Any]
 
 
-class ADMMOptimizer(torch.optim.Optimizer):
-    """One worker per rank and one sum per step; a subclass says which preconditioner a group has.
+class ADMMOptimizer(WorkerOptimizer):
+    """One sum per step; a subclass says which preconditioner a group has. Arguments are those of `WorkerOptimizer`."""
 
-    Args:
-        params: parameters, named parameters or parameter groups.
-        defaults: settings of a parameter group that does not give its own.
-        communication: how this worker talks to the others.
-
-    Attributes:
-        bytes_sent: bytes that this rank has put on the wire so far, before the collective's own factor.
-    """
-
-    # GradScaler then hands over its scale and whether *this* rank overflowed and always calls `step`. Without this,
-    # one rank would skip the step and leave the others waiting in the all-reduce.
-    _step_supports_amp_scaling = True
+    agreed = ("consensus_l2",)
+    may_be_none = ("preconditioner_bound",)
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], communication: Communication) -> None:
-        self._communication = communication
-        self._connect()
-        self._is_built = False
-        super().__init__(params, {**defaults, "num_steps": 0})
-        self._is_built = True
-        self._agree(self.param_groups)
+        super().__init__(params, {**defaults, "num_steps": 0}, communication)
         self._refresh_plan()
-        if any(slot.parameter.device.type == "cpu" for slot in self._plan.slots):
-            keep_freed_memory()
 
     def _connect(self) -> None:
-        """Everything that depends on the process group and cannot be copied."""
-        self._consensus = self._communication.consensus()
+        super()._connect()
         self._plan = Plan([], [], [])
-        self._shards: dist.ProcessGroup | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._flight: Flight | None = None
         self._is_accumulating = False
-        self.bytes_sent = 0
-
-    @property
-    def worker_weight(self) -> float | None:
-        """alpha_i of this worker before normalisation; None where all count alike."""
-        return self._communication.worker_weight
-
-    @property
-    def on_nonfinite(self) -> str:
-        """What a NaN or infinite gradient does: "raise" or "skip"."""
-        return self._communication.on_nonfinite
 
     @abstractmethod
     def _group_preconditioner(self, group: ParamGroup) -> Preconditioner:
         """The rule for Q_i in one parameter group; raises ValueError where its settings are out of range."""
 
-    def add_param_group(self, param_group: ParamGroup) -> None:
-        """Add parameters, as in every torch optimizer; call it on every rank alike.
-
-        Raises:
-            ValueError: a setting out of range, a parameter that is not real floating point, or ranks that differ.
-        """
-        settings = {**self.defaults, **param_group}
-        check_ranges({**settings, "lr": float(settings["lr"])}, optional=("preconditioner_bound",))
+    def _check_group(self, settings: ParamGroup) -> None:
         self._group_preconditioner(settings)
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for parameter in group["params"]:
-            if not parameter.dtype.is_floating_point:
-                self.param_groups.pop()
-                raise ValueError(
-                    f"parameters must be real floating point, got {parameter.dtype} of shape {tuple(parameter.shape)}"
-                )
-        if self._is_built:
-            self._agree([group])
-            self._refresh_plan()
 
-    def _agree(self, groups: list[ParamGroup]) -> None:
-        """Refuse ranks whose models differ; give all of them rank 0's weights, as DistributedDataParallel does."""
-        parameters = [p for group in groups for p in group["params"]]
-        self._shards = shard_group(parameters)
-        require_replicas(self._communication.process_group, self._shards)
-        if self._consensus.num_ranks == 1:
-            return
-        weighting = "uniform weights" if self.worker_weight is None else "a worker_weight"
-        description = [f"{type(self).__name__} with {len(groups)} parameter groups and {weighting}"]
-        description += [line for group in groups for line in describe_group(group)]
-        require_same(description, group=self._communication.process_group, device=parameters[0].device)
-        broadcast_([local_part(p).detach() for p in parameters], group=self._communication.process_group)
+    def add_param_group(self, param_group: ParamGroup) -> None:  # noqa: D102 - as in WorkerOptimizer
+        super().add_param_group(param_group)
+        if self._is_built:
+            self._refresh_plan()
 
     def _refresh_plan(self) -> None:
         """Which parameters train, in which buckets; hooks on them where messages are to overlap the backward pass."""
@@ -358,40 +297,6 @@ class ADMMOptimizer(torch.optim.Optimizer):
             step_alone(bucket, works, self._settings, consensus_l2)
             self._keep_all(works)
         count_step(self.param_groups)
-
-    def _require_world(self) -> None:
-        """The process group must not appear or vanish after construction: ranks would silently train apart."""
-        if self._consensus.num_ranks == 1 and self._communication.process_group is None:
-            initialised = dist.is_available() and dist.is_initialized()
-            if initialised and dist.get_world_size() > 1:
-                raise RuntimeError(
-                    f"{type(self).__name__} was built before torch.distributed.init_process_group: build it after"
-                )
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore duals, preconditioner state and settings; bf16 parameters keep their float32 state."""
-        super().load_state_dict(state_dict)
-        # torch casts state to the parameter's type, which would round the float32 state of bf16 parameters.
-        parameters = chain.from_iterable(group["params"] for group in self.param_groups)
-        indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        for parameter, index in zip(parameters, indices, strict=True):
-            for name, value in state_dict["state"].get(index, {}).items():
-                self.state[parameter][name] = value.detach().to(
-                    device=parameter.device, dtype=state_dtype(parameter.dtype), copy=True
-                )
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the process group and the hooks, which cannot be copied; a copy finds the default group."""
-        kept = ("_is_built", "_preconditioner")
-        communication = replace(self._communication, process_group=None, grad_scaler=None)
-        mine = {key: value for key, value in vars(self).items() if key in kept}
-        return {**super().__getstate__(), **mine, "_communication": communication}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # `load_state_dict` comes here too, with an optimizer that has its group; only a copy has none yet.
-        if "_consensus" not in vars(self):
-            self._connect()
 
 
 def _arrived(optimizer: "weakref.ref[ADMMOptimizer]", position: int) -> None:

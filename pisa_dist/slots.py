@@ -69,18 +69,35 @@ def _together(slots: Sequence[Slot]) -> list[list[int]]:
     return [*alone, *stacked.values(), *packed]
 
 
+class Trainable(NamedTuple):
+    """A parameter that trains: its name where the user has given one, what errors call it, and its group's number."""
+
+    parameter: Tensor
+    name: str | None
+    label: str
+    group: int
+
+
+def trainable(groups: Sequence[ParamGroup]) -> list[Trainable]:
+    """The parameters of all groups that train, in message order."""
+    found: list[Trainable] = []
+    for index, group in enumerate(groups):
+        names = group.get("param_names") or [None] * len(group["params"])
+        for parameter, name in zip(group["params"], names, strict=True):
+            if parameter.requires_grad:
+                label = name or f"parameter {len(found)} of shape {tuple(parameter.shape)}"
+                found.append(Trainable(parameter, name, label, index))
+    return found
+
+
 def make_slots(
     groups: Sequence[ParamGroup], rules: Sequence[Preconditioner], is_compiled: Callable[[Tensor], bool]
 ) -> list[Slot]:
     """The trainable parameters of all groups, each with its form of the group's rule."""
     slots: list[Slot] = []
-    for index, (group, rule) in enumerate(zip(groups, rules, strict=True)):
-        names = group.get("param_names") or [None] * len(group["params"])
-        for parameter, name in zip(group["params"], names, strict=True):
-            if parameter.requires_grad:
-                label = name or f"parameter {len(slots)} of shape {tuple(parameter.shape)}"
-                own = rule_for(rule.for_parameter(name, parameter.shape), parameter)
-                slots.append(Slot(parameter, label, index, own, is_compiled(parameter)))
+    for parameter, name, label, group in trainable(groups):
+        rule = rule_for(rules[group].for_parameter(name, parameter.shape), parameter)
+        slots.append(Slot(parameter, label, group, rule, is_compiled(parameter)))
     return slots
 
 

@@ -21,9 +21,10 @@ LAYERS = (
     ("admm",),
     ("consensus", "distributed", "faults", "robust", "sharding"),
     ("compression", "slots"),
-    ("local",),
+    ("local", "rounds"),
     ("communication", "overlap"),
-    ("optim_base",),
+    ("optim_worker",),
+    ("optim_base", "optim_local"),
     ("optim",),
     ("",),  # pisa_dist itself, which offers the optimizers
     ("data", "guards", "progress", "tracking"),
@@ -44,8 +45,8 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # The optimizer a user drops into a loop stands beside the trainer's stack: neither is built on the other.
-BESIDE = {"optim", "optim_base", "overlap", "local", "slots", "communication"}
-OFFERS_THEM = {"", "optim", "optim_base", "overlap", "local"}
+BESIDE = {"optim", "optim_base", "optim_local", "optim_worker", "overlap", "local", "rounds", "slots", "communication"}
+OFFERS_THEM = {"", "optim", "optim_base", "optim_local", "optim_worker", "overlap", "local", "rounds"}
 
 NEVER_AT_START = ("torchvision", "wandb", "tensorboard", "transformers", "timm", "matplotlib", "sklearn", "scipy")
 

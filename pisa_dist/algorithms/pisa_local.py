@@ -5,8 +5,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pisa_dist.admm.local_round import (
+    first_dual,
+    is_metric_due,
+    local_scale,
+    local_solver,
+    metric_consensus,
+    newcomers_displacement,
+)
 from pisa_dist.admm.local_steps import AdaptiveSolver, LocalSolver
-from pisa_dist.admm.metrics import METRICS, Metric
+from pisa_dist.admm.metrics import METRICS
 from pisa_dist.admm.penalty import divided_by_lr, grown_penalty
 from pisa_dist.admm.updates import consensus_update, dual_update, state_dtype, worker_message
 from pisa_dist.algorithms.base import (
@@ -86,9 +94,12 @@ class PisaLocal(Algorithm):
 
     def solver(self) -> LocalSolver:
         """The rule of the local steps."""
-        if self.metric == "none":
-            return LocalSolver()
-        return AdaptiveSolver(self.first_moment_decay, self.second_moment_decay, self.eps)
+        return local_solver(
+            self.metric,
+            first_moment_decay=self.first_moment_decay,
+            second_moment_decay=self.second_moment_decay,
+            eps=self.eps,
+        )
 
     def penalty_at(self, round_number: int) -> float:
         """sigma of a round. It grows for absent workers too."""
@@ -99,9 +110,8 @@ class PisaLocal(Algorithm):
 
     def scale_at(self, round_number: int, local_steps: int) -> float:
         """rho of a round for workers that take so many steps."""
-        if self.preconditioner_scale is None:
-            return local_steps * self.penalty_at(round_number)
-        return divided_by_lr(self.preconditioner_scale, self.lr)
+        penalty = self.penalty_at(round_number)
+        return local_scale(self.preconditioner_scale, penalty=penalty, local_steps=local_steps, lr=self.lr)
 
     def init_worker_state(self, parameters: Tensors, num_workers: int) -> State:  # noqa: D102 - as in Algorithm
         state: State = {}
@@ -152,9 +162,9 @@ class PisaLocal(Algorithm):
             )
         for n, dual in duals.items():
             is_new = column(round_.num_steps_before == 0, dual).bool()
-            new_state[n]["dual"] = torch.where(is_new, -sums[n] / round_.num_local_steps, new_state[n]["dual"])
-            # Its steps knew no dual and drifted; in the first round that is so for all and still the way down.
-            moves[n] = torch.where(is_new & (round_.shared[n]["metric"] > 0), 0.0, moves[n])
+            first = first_dual(sums[n], round_.num_local_steps)
+            new_state[n]["dual"] = torch.where(is_new, first, new_state[n]["dual"])
+            moves[n] = torch.where(is_new, newcomers_displacement(moves[n], round_.shared[n]["metric"]), moves[n])
         message = {MOVE + n: s for n, s in weighted_sums(moves, round_.worker_weight).items()}
         message |= self._standing(new_state, round_.worker_weight, round_.number)
         return LocalResult(new_state, message, residual)
@@ -179,7 +189,7 @@ class PisaLocal(Algorithm):
         steps = state[SEEN]["steps"]
         names = [n for n in state if n != SEEN]
         message = {DUAL + n: weighted_sum(state[n]["dual"], worker_weight) for n in names}
-        if round_number <= self.metric_rounds or round_number % self.metric_interval == 0:
+        if is_metric_due(round_number, metric_rounds=self.metric_rounds, metric_interval=self.metric_interval):
             message |= {METRIC + n: weighted_sum(self._rms(state[n], steps), worker_weight) for n in names}
         return message | {SEEN: weighted_sum((steps > 0).to(steps.dtype), worker_weight)}
 
@@ -200,18 +210,18 @@ class PisaLocal(Algorithm):
             return ConsensusResult(weights, shared, penalty)
         weights, new_shared = {}, {}
         for n, w in round_.weights.items():
-            weights[n], new_shared[n] = self._next(n, w, message_sum, shared[n], rule, penalty)
+            weights[n], metric, memory = metric_consensus(
+                w,
+                message_sum[MOVE + n],
+                message_sum[DUAL + n],
+                message_sum.get(METRIC + n),
+                seen=message_sum[SEEN],
+                rule=rule,
+                metric=shared[n]["metric"],
+                metric_state={kind: value for kind, value in shared[n].items() if kind != "metric"},
+                penalty=penalty,
+                relaxation=self.relaxation,
+                eps=self.eps,
+            )
+            new_shared[n] = {"metric": metric, **memory}
         return ConsensusResult(weights, new_shared, penalty)
-
-    def _next(
-        self, name: str, w: Tensor, message_sum: Tensors, shared: dict[str, Tensor], rule: Metric, penalty: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Next weights and shared state of one parameter."""
-        seen, memory = message_sum[SEEN], dict(shared)
-        diagonal = formed = memory.pop("metric")
-        if METRIC + name in message_sum:
-            formed = message_sum[METRIC + name] / seen + self.eps
-        diagonal = torch.where(diagonal > 0, diagonal, formed)  # in the first round there is none yet
-        direction, memory = rule.solve(message_sum[DUAL + name] / seen, diagonal, memory)
-        move = self.relaxation * message_sum[MOVE + name] / seen
-        return (w.to(move.dtype) + move + direction / penalty).to(w.dtype), {"metric": formed, **memory}

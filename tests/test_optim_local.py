@@ -1,0 +1,675 @@
+"""PISA with local steps as a drop-in optimizer: the trainer's numbers, one collective a round, void rounds."""
+
+import copy
+import io
+import math
+import pickle
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_ranks
+from problems import blobs, make_trainer, small_net
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
+
+from pisa_dist import PISA, LocalPISA
+from pisa_dist.algorithms import ALGORITHMS
+from pisa_dist.data.sampling import draw_batches
+from pisa_dist.metrics import cross_entropy
+from pisa_dist.rounds import begin_round, contribution, local_step
+
+pytestmark = pytest.mark.timeout(300)
+
+STEPS = 4
+CASES = {  # settings of trainer and optimizer alike
+    "none": {"metric": "none", "penalty": 3.0, "preconditioner_scale": 5.0, "relaxation": 0.6},
+    "adam": {"metric": "adam", "penalty": 50.0, "metric_rounds": 2, "metric_interval": 3, "eps": 1e-6},
+    "adam, all else": {
+        "metric": "adam",
+        "penalty": 40.0,
+        "preconditioner_scale": 90.0,
+        "relaxation": 0.7,
+        "lr": 0.5,
+        "penalty_growth": 1.1,
+        "penalty_growth_interval": 2,
+        "first_moment_decay": 0.5,
+        "second_moment_decay": 0.9,
+    },
+    "muon": {"metric": "muon", "metric_rounds": 3},
+    "kron": {"metric": "kron", "metric_rounds": 3},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def train_on_shard(optimizer, model, shard, *, rounds, worker=0, skip=0):
+    """Step on the minibatches that the trainer draws for this worker, but the first `skip`; yields after every step."""
+    for step in range(skip, rounds * STEPS):
+        number, place = divmod(step, STEPS)
+        draw = draw_batches(len(shard), batch_size=8, local_steps=STEPS, seed=0, worker=worker, round_number=number + 1)
+        batch = draw.positions[place]
+        optimizer.zero_grad()
+        cross_entropy(model(shard.inputs[batch]), shard.targets[batch]).backward()
+        optimizer.step()
+        yield
+
+
+def finish(steps):
+    for _ in steps:
+        pass
+
+
+def flat(model):
+    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+
+def trainers_weights(case, *, num_workers, rounds):
+    """Weights after each round, flattened."""
+    algorithm = ALGORITHMS["pisa_local"](**CASES[case])
+    trainer = make_trainer(algorithm, num_workers=num_workers, rounds=rounds, local_steps=STEPS)
+    found = []
+    for _ in range(rounds):
+        trainer.run_round()
+        found.append(torch.cat([w.flatten() for w in trainer.state.weights.values()]))
+    return trainer, torch.stack(found)
+
+
+# The trainer's numbers
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_worker_in_the_trainer_equals_the_drop_in_optimizer(case):
+    trainer, expected = trainers_weights(case, num_workers=1, rounds=12)
+    model = small_net()
+    optimizer = PISA(model.parameters(), local_steps=STEPS, **CASES[case])
+    found = []
+    for _ in train_on_shard(optimizer, model, trainer.shards[0], rounds=12):
+        if optimizer.at_consensus:
+            found.append(flat(model))
+    assert (expected[-1] - expected[0]).abs().max() > 1e-2
+    torch.testing.assert_close(torch.stack(found), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_one_local_step_without_a_metric_is_the_step_of_pisa():
+    ends = []
+    for make in (PISA, LocalPISA):
+        model = small_net()
+        knobs = {"penalty": 3.0, "preconditioner_scale": 2.0, "penalty_growth": 1.01, "lr": 0.7}
+        optimizer = make(model.parameters(), local_steps=1, metric="none", **knobs)
+        finish(train_on_shard(optimizer, model, blobs(), rounds=5))
+        ends.append(flat(model))
+    assert type(optimizer) is not PISA
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-12, atol=1e-14)
+
+
+# What a user of torch expects
+
+
+def test_pisa_with_local_steps_or_a_metric_is_the_local_form_and_else_what_it_was():
+    parameters = [nn.Parameter(torch.zeros(2))]
+    for settings in ({"local_steps": 20}, {"metric": "adam"}, {"local_steps": 2, "metric": "none"}):
+        optimizer = PISA(parameters, **settings)
+        assert isinstance(optimizer, LocalPISA)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+    assert PISA(parameters, local_steps=20).param_groups[0]["metric"] == "muon"
+    for settings in ({}, {"local_steps": 1}, {"local_steps": 1, "metric": "none"}):
+        assert type(PISA(parameters, **settings)) is PISA
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"local_steps": 0}, r"`local_steps` must be an integer in \[1, 1000000\], got 0"),
+        ({"local_steps": 2.5}, r"`local_steps` must be an integer .* got 2\.5"),
+        ({"metric": "shampoo"}, "`metric` must be one of none, adam, muon, kron, got 'shampoo'"),
+        ({"penalty": 0.0}, r"`penalty` \(sigma\) must be > 0, got 0\.0"),
+        ({"preconditioner_scale": 0.0}, r"`preconditioner_scale` \(rho\) must be > 0 or None"),
+        ({"relaxation": -1.0}, r"`relaxation` \(kappa\) must be >= 0, got -1\.0"),
+        ({"metric_interval": 0}, "`metric_interval` must be an integer >= 1, got 0"),
+        ({"on_nonfinite": "ignore"}, "`on_nonfinite` must be one of raise, skip, got 'ignore'"),
+        ({"preconditioner": "adam"}, "`preconditioner` must be left out with local_steps > 1 or a metric"),
+        ({"overlap": True}, "`overlap` must be left out with local_steps > 1 or a metric"),
+        ({"compression": "int8"}, "`compression` must be left out with local_steps > 1 or a metric"),
+        ({"fused": True}, "`fused` must be left out with local_steps > 1 or a metric"),
+        ({"consensus_l2": 0.1}, "`consensus_l2` must be left out with local_steps > 1 or a metric"),
+    ],
+)
+def test_a_bad_argument_is_refused_in_one_line(settings, words):
+    with pytest.raises(ValueError, match=f"^{words}"):
+        PISA([nn.Parameter(torch.zeros(2))], **{"local_steps": 20, "metric": "muon"} | settings)
+
+
+def test_groups_may_not_differ_in_the_number_of_local_steps():
+    groups = [{"params": [nn.Parameter(torch.zeros(2))], "local_steps": n} for n in (3, 4)]
+    with pytest.raises(ValueError, match="`local_steps` must be the same in all parameter groups, got 3 and 4"):
+        PISA(groups, local_steps=3)
+
+
+def test_a_metric_in_a_group_needs_one_for_the_optimizer():
+    with pytest.raises(ValueError, match="in a parameter group need local_steps > 1 or a metric for PISA itself"):
+        PISA([{"params": [nn.Parameter(torch.zeros(2))], "metric": "adam"}])
+
+
+def test_each_group_steps_as_if_it_were_alone_with_its_own_metric_and_penalty():
+    own = [{"metric": "adam", "penalty": 30.0, "metric_rounds": 1}, {"metric": "kron"}, {"metric": "none"}]
+    together = [nn.Parameter(torch.ones(3, 2, dtype=torch.float64)) for _ in own]
+    alone = copy.deepcopy(together)
+    groups = [{"params": [p], **settings} for p, settings in zip(together, own, strict=True)]
+    optimizers = [PISA([p], local_steps=2, **settings) for p, settings in zip(alone, own, strict=True)]
+    optimizers.append(PISA(groups, local_steps=2))
+    for step in range(12):
+        for p in together + alone:
+            p.grad = torch.sin(p.detach() + step)
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(together, alone, rtol=0, atol=0)
+    assert len({float(p.detach().sum()) for p in together}) == 3
+
+
+def through_a_file(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_steps", [2, 4 * STEPS, 4 * STEPS + 3])
+@pytest.mark.parametrize("metric", ["none", "adam", "kron"])
+def test_a_reloaded_state_dict_continues_bit_for_bit_in_the_middle_of_a_round_too(metric, num_steps, dtype):
+    model, data = small_net(dtype=dtype), blobs(dtype=dtype)
+    optimizer = PISA(model.parameters(), local_steps=STEPS, metric=metric, metric_rounds=2, penalty_growth=1.1)
+    steps = train_on_shard(optimizer, model, data, rounds=9)
+    for _ in range(num_steps):
+        next(steps)
+    resumed = copy.deepcopy(model)
+    for p in resumed.parameters():  # what the file brings must do, whatever the model holds in a round
+        p.data += 0 if optimizer.at_consensus else 1
+    other = PISA(resumed.parameters(), local_steps=STEPS, metric=metric, penalty=7.0)
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    finish(steps)
+    finish(train_on_shard(other, resumed, data, rounds=9, skip=num_steps))
+    assert torch.equal(flat(resumed), flat(model))
+    kinds = [{name: value.dtype for name, value in s.items() if torch.is_tensor(value)} for s in other.state.values()]
+    assert {t for kind in kinds for t in kind.values()} == {torch.float32 if dtype == torch.bfloat16 else dtype}
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
+)
+def test_a_copied_optimizer_continues_bit_for_bit(duplicate):
+    model = small_net()
+    optimizer = PISA(model.parameters(), local_steps=STEPS)
+    steps = train_on_shard(optimizer, model, blobs(), rounds=3)
+    for _ in range(STEPS + 1):
+        next(steps)
+    other, others = duplicate((optimizer, model))
+    ends = []
+    for one, net in ((optimizer, model), (other, others)):
+        finish(train_on_shard(one, net, blobs(), rounds=2))
+        ends.append(flat(net))
+    assert torch.equal(*ends)
+
+
+def test_a_closure_is_evaluated_once_a_step_and_its_loss_returned():
+    model, calls = small_net(), []
+    optimizer = PISA(model.parameters(), local_steps=2)
+
+    def closure():
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        loss = model(blobs().inputs).square().mean()
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(6)]
+    assert calls == [True] * 6
+    assert losses[-1] < losses[0]
+
+
+def test_in_the_middle_of_a_round_a_context_holds_the_weights_of_the_last_consensus():
+    model = small_net()
+    optimizer = PISA(model.parameters(), local_steps=STEPS)
+    last = flat(model)
+    for _ in train_on_shard(optimizer, model, blobs(), rounds=3):
+        own = flat(model)
+        if optimizer.at_consensus:
+            last = own
+        with optimizer.consensus_weights():
+            assert torch.equal(flat(model), last)
+        assert torch.equal(flat(model), own)
+        assert optimizer.at_consensus or not torch.equal(own, last)
+
+
+# Learning rates
+
+
+def test_a_learning_rate_that_changes_between_rounds_divides_penalty_and_scale():
+    rates, ends = [0.3, 1.0, 2.0, 0.1], []
+    for is_scheduled in (True, False):
+        model = small_net()
+        optimizer = PISA(model.parameters(), local_steps=STEPS, metric="adam", preconditioner_scale=300.0)
+        scheduler = LambdaLR(optimizer, lambda step: rates[min(step // STEPS, 3)]) if is_scheduled else None
+        steps = train_on_shard(optimizer, model, blobs(), rounds=len(rates))
+        for rate in rates:
+            if not is_scheduled:
+                optimizer.param_groups[0].update(penalty=100.0 / rate, preconditioner_scale=300.0 / rate)
+            for _ in range(STEPS):
+                next(steps)
+                if is_scheduled:
+                    scheduler.step()
+        ends.append(flat(model))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-12, atol=1e-12)
+
+
+def test_where_the_rate_changes_within_a_round_the_consensus_takes_its_mean():
+    rates, ends = [0.5, 1.5], []
+    for given in (rates, [1.0, 1.0]):
+        parameter = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        optimizer = PISA([parameter], local_steps=2, metric="none", penalty=1e-9, preconditioner_scale=1.0)
+        for lr in given:
+            optimizer.param_groups[0]["lr"] = lr
+            parameter.grad = torch.arange(3, dtype=torch.float64)
+            optimizer.step()
+        ends.append((parameter.detach(), optimizer.state[parameter]["dual"]))
+    # With hardly any penalty the steps add up, and so do displacement and dual.
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
+
+
+def test_a_cosine_that_ends_at_zero_within_a_round_leaves_finite_weights_and_duals_of_the_gradients_size():
+    model = small_net()
+    optimizer = PISA(model.parameters(), local_steps=STEPS, metric="adam")
+    scheduler = CosineAnnealingLR(optimizer, T_max=10 * STEPS - 1)
+    for _ in train_on_shard(optimizer, model, blobs(), rounds=10):
+        last = optimizer.param_groups[0]["lr"]
+        scheduler.step()
+    assert last == 0
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+    duals = torch.cat([optimizer.state[p]["dual"].flatten() for p in model.parameters()])
+    assert flat(model).isfinite().all()
+    assert duals.norm() < 5 * gradients.norm() + 1
+
+
+# Bad gradients
+
+
+def poisoned_run(rounds, poisoned, *, on_nonfinite="raise", metric="adam"):
+    """A run whose gradients of the steps `poisoned` (from 0) are NaN: model, optimizer and what was said."""
+    model, said = small_net(), []
+    optimizer = PISA(model.named_parameters(), local_steps=STEPS, metric=metric, on_nonfinite=on_nonfinite)
+    weights = [flat(model)]
+    for step in range(rounds * STEPS):
+        for position, p in enumerate(model.parameters()):
+            p.grad = torch.sin(p.detach() + position + step)
+        if step in poisoned:
+            model[0].bias.grad[0] = math.nan
+        try:
+            optimizer.step()
+        except FloatingPointError as error:
+            said.append((step, str(error)))
+        if optimizer.at_consensus:
+            weights.append(flat(model))
+    return weights, optimizer, said
+
+
+@pytest.mark.parametrize("metric", ["none", "adam", "muon", "kron"])
+@pytest.mark.parametrize("bad_round", [0, 2])
+def test_a_nan_is_told_at_the_consensus_and_the_round_is_void(metric, bad_round):
+    weights, optimizer, said = poisoned_run(4, {bad_round * STEPS + 1}, metric=metric)
+    ((step, message),) = said
+    assert step == (bad_round + 1) * STEPS - 1
+    assert message.startswith("non-finite gradient on worker 0 in 0.bias: the round is void")
+    assert torch.equal(weights[bad_round + 1], weights[bad_round])
+    assert not torch.equal(weights[-1], weights[-2])
+    assert weights[-1].isfinite().all()
+    assert optimizer.param_groups[0]["num_rounds"] == 3
+
+
+@pytest.mark.parametrize("poisoned", [{1}, {STEPS + 2}, set(range(STEPS)), set(range(STEPS, 2 * STEPS))], ids=str)
+@pytest.mark.parametrize("metric", ["none", "adam", "muon", "kron"])
+def test_skipping_leaves_bad_steps_out_and_goes_on(metric, poisoned):
+    weights, optimizer, said = poisoned_run(4, poisoned, on_nonfinite="skip", metric=metric)
+    assert said == []
+    assert all(w.isfinite().all() for w in weights)
+    assert not torch.equal(weights[-1], weights[-2])
+    assert {state["num_steps"] for state in optimizer.state.values()} == {4 * STEPS - len(poisoned)}
+
+
+def test_a_sum_that_overflows_voids_the_round():
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = PISA([parameter], local_steps=2, metric="none", penalty=1.0, worker_weight=1e38)
+    parameter.grad = torch.full((3,), 1e3)
+    optimizer.step()
+    with pytest.raises(FloatingPointError, match="overflowed float32 although every gradient is finite: the round is"):
+        optimizer.step()
+    assert torch.equal(parameter, torch.zeros(3))
+
+
+@pytest.mark.parametrize("huge_step", [1, 5])
+def test_a_square_that_overflows_voids_its_round_and_is_forgotten(huge_step):
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = PISA([parameter], local_steps=2, metric="adam")
+    said, weights = [], []
+    for step in range(12):
+        parameter.grad = torch.full((3,), 1e25 if step == huge_step else 1.0 + step)
+        try:
+            optimizer.step()
+        except FloatingPointError:
+            said.append(step)
+        weights.append(parameter.detach().clone())
+    assert said == [huge_step]
+    assert all(w.isfinite().all() for w in weights)
+    assert not torch.equal(weights[-1], weights[-3])
+
+
+def test_a_newcomer_sends_minus_its_mean_gradient_and_moves_nothing_once_there_is_a_metric():
+    group = PISA([nn.Parameter(torch.zeros(2))], local_steps=2, metric="adam").param_groups[0]
+    state = {}
+    begin_round(state, torch.ones(2), group)
+    state["metric"] = torch.tensor([0.5, 0.0])
+    for gradient in (1.0, 4.0):
+        local_step(state, torch.full((2,), gradient), group)
+    dual, (displacement, sent, _) = contribution(state, group, penalty=100.0)
+    assert sent is dual
+    torch.testing.assert_close(dual, torch.full((2,), -2.5))
+    assert displacement[0] == 0
+    assert displacement[1] == state["displacement"][1] != 0
+
+
+# In the middle of a round
+
+
+def test_parameters_come_and_go_between_rounds_only():
+    model = small_net()
+    model[2].requires_grad_(False)
+    optimizer = PISA(model.parameters(), local_steps=STEPS)
+    finish(train_on_shard(optimizer, model, blobs(), rounds=2))
+    frozen = model[2].weight.detach().clone()
+    model[2].requires_grad_(True)
+    extra = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer.add_param_group({"params": [extra], "metric": "adam"})
+    steps = train_on_shard(optimizer, model, blobs(), rounds=2)
+    next(steps)
+    assert not torch.equal(model[2].weight, frozen)
+    with pytest.raises(RuntimeError, match="parameters were added in the middle of a round"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    model[2].requires_grad_(False)
+    with pytest.raises(RuntimeError, match="requires_grad was changed in the middle of a round"):
+        next(steps)
+
+
+# Two ranks
+
+
+def every_case_on_two_ranks(rank, num_ranks):
+    cases = [
+        follow_the_trainer,
+        count_collectives,
+        resume_in_a_round,
+        meet_bad_gradients,
+        miss_the_first_round,
+        train_with_gradient_scaler,
+        train_on_skewed_data,
+        construct_what_does_not_fit,
+    ]
+    return {case.__name__: case(rank) for case in cases}
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    """What a case returned on rank 0 and on rank 1."""
+    by_rank = run_ranks(every_case_on_two_ranks, 2)
+    return lambda case: [outcome[case.__name__] for outcome in by_rank]
+
+
+SIZES = (49, 41)  # of the two workers' shards in `make_trainer`
+
+
+def shard_of(rank):
+    return blobs().select(list(range(rank * SIZES[0], SIZES[0] + rank * SIZES[1])))
+
+
+def make_net(rank, **settings):
+    model = small_net(seed=rank)  # rank 0's weights become those of all
+    settings = {"local_steps": STEPS, "worker_weight": SIZES[rank], **settings}
+    return model, PISA(model.parameters(), **settings)
+
+
+def follow_the_trainer(rank):
+    found = {}
+    for case, settings in CASES.items():
+        model, optimizer = make_net(rank, **settings)
+        steps = train_on_shard(optimizer, model, shard_of(rank), rounds=12, worker=rank)
+        found[case] = torch.stack([flat(model) for _ in steps])
+    return found
+
+
+def test_two_ranks_equal_two_workers_in_the_trainer_and_each_other_after_every_consensus(two_ranks):
+    first, second = two_ranks(follow_the_trainer)
+    for case in CASES:
+        trainer, expected = trainers_weights(case, num_workers=2, rounds=12)
+        assert tuple(trainer.shard_sizes) == SIZES
+        consensus = slice(STEPS - 1, None, STEPS)
+        assert torch.equal(first[case][consensus], second[case][consensus])
+        torch.testing.assert_close(first[case][consensus], expected, rtol=1e-12, atol=1e-12, msg=case)
+        assert not torch.equal(first[case][STEPS], second[case][STEPS]), "in a round each rank has its own"
+
+
+def count_collectives(rank):
+    """Names of the collectives in each step, bytes sent so far, and the number of weights."""
+    model, optimizer = make_net(rank, metric="muon", metric_rounds=1, metric_interval=4)
+    calls, sent = [], []
+
+    def counted(name, original):
+        def call(*args, **kwargs):
+            calls[-1].append(name)
+            return original(*args, **kwargs)
+
+        return call
+
+    names = [n for n in dir(dist) if n.startswith(("all_", "broadcast", "reduce", "gather", "scatter", "barrier"))]
+    names = [n for n in names if callable(getattr(dist, n))] + ["send", "recv", "isend", "irecv"]
+    with mock.patch.multiple(dist, **{n: counted(n, getattr(dist, n)) for n in names}):
+        calls.append([])
+        for _ in train_on_shard(optimizer, model, shard_of(rank), rounds=2, worker=rank):
+            calls.append([])
+            sent.append(optimizer.bytes_sent)
+    return calls[:-1], sent, flat(model).numel()
+
+
+def test_a_round_is_one_all_reduce_and_its_other_steps_communicate_nothing(two_ranks):
+    for calls, sent, numel in two_ranks(count_collectives):
+        one_round = [[]] * (STEPS - 1) + [["all_reduce"]]
+        assert calls == 2 * one_round
+        assert 3 * numel <= sent[STEPS] / 8 <= 3 * numel + 16
+        assert 2 * numel <= (sent[-1] - sent[STEPS]) / 8 <= 2 * numel + 16
+
+
+def resume_in_a_round(rank):
+    model, optimizer = make_net(rank)
+    steps = train_on_shard(optimizer, model, shard_of(rank), rounds=3, worker=rank)
+    for _ in range(STEPS + 1):
+        next(steps)
+    state, saved_by_rank_0 = through_a_file(optimizer.state_dict()), [copy.deepcopy(model.state_dict())]
+    dist.broadcast_object_list(saved_by_rank_0)
+    resumed, other = make_net(rank)
+    resumed.load_state_dict(saved_by_rank_0[0])
+    other.load_state_dict(state)
+    finish(steps)
+    finish(train_on_shard(other, resumed, shard_of(rank), rounds=3, worker=rank, skip=STEPS + 1))
+    return flat(model), flat(resumed)
+
+
+def test_every_rank_resumes_in_the_middle_of_a_round_from_its_own_state(two_ranks):
+    for straight, resumed in two_ranks(resume_in_a_round):
+        assert torch.equal(resumed, straight)
+
+
+def meet_bad_gradients(rank):
+    """Rank 1 meets a NaN in the third round of five: what is raised, and weights after each round."""
+    outcome = {"said": []}
+    for mode in ("raise", "skip"):
+        model, optimizer = make_net(rank, on_nonfinite=mode)
+        outcome[mode] = []
+        for step in range(5 * STEPS):
+            for position, p in enumerate(model.parameters()):
+                p.grad = torch.sin(p.detach() + position + step + rank)
+            if rank == 1 and step == 2 * STEPS + 1:
+                model[0].bias.grad[0] = math.nan
+            try:
+                optimizer.step()
+            except FloatingPointError as error:
+                outcome["said"].append((step, str(error)))
+            if optimizer.at_consensus:
+                outcome[mode].append(flat(model))
+    return outcome
+
+
+def test_a_nan_on_one_rank_voids_the_round_of_all_or_is_left_out_there(two_ranks):
+    first, second = two_ranks(meet_bad_gradients)
+    for outcome in (first, second):
+        ((step, message),) = outcome["said"]
+        assert step == 3 * STEPS - 1
+        assert "worker 1 in parameter 1 of shape (8,)" in message
+        assert torch.equal(outcome["raise"][2], outcome["raise"][1])
+    for mode in ("raise", "skip"):
+        assert all(torch.equal(a, b) for a, b in zip(first[mode], second[mode], strict=True))
+        assert not torch.equal(first[mode][4], first[mode][3])
+    assert not torch.equal(first["skip"][2], first["skip"][1])
+
+
+def step_round(model, optimizer, rank, number, *, is_poisoned=False):
+    for step in range(number * STEPS, (number + 1) * STEPS):
+        for position, p in enumerate(model.parameters()):
+            p.grad = torch.sin(p.detach() + position + step + rank)
+        if is_poisoned:
+            model[0].bias.grad[0] = math.nan
+        optimizer.step()
+    return flat(model)
+
+
+def miss_the_first_round(rank):
+    """Weights after each of three rounds, in the first of which rank 1 has no finite gradient."""
+    model, optimizer = make_net(rank, on_nonfinite="skip", metric="adam")
+    return [step_round(model, optimizer, rank, n, is_poisoned=rank == 1 and n == 0) for n in range(3)]
+
+
+def test_a_rank_without_any_finite_gradient_yet_does_not_count_and_joins_later(two_ranks):
+    first, second = two_ranks(miss_the_first_round)
+    model = small_net()
+    alone = PISA(model.parameters(), local_steps=STEPS, metric="adam")
+    torch.testing.assert_close(first[0], step_round(model, alone, 0, 0), rtol=1e-12, atol=1e-12)
+    difference = (first[1] - step_round(model, alone, 0, 1)).abs().max()
+    assert 1e-6 < difference < 1
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def train_with_gradient_scaler(rank):
+    """Three rounds; in one step rank 1 overflows: with GradScaler, and with that step's NaN skipped without it."""
+    outcome = {}
+    for is_scaled in (True, False):
+        model = small_net(seed=rank, dtype=torch.float32)
+        optimizer = PISA(model.parameters(), local_steps=STEPS, on_nonfinite="raise" if is_scaled else "skip")
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=is_scaled)
+        for step in range(3 * STEPS):
+            optimizer.zero_grad()
+            scaler.scale(sum((torch.cos(p + step + rank)).sum() for p in model.parameters())).backward()
+            if rank == 1 and step == STEPS + 1:
+                model[0].bias.grad[0] = math.inf
+            scaler.step(optimizer)
+            scaler.update()
+        outcome[is_scaled] = flat(model)
+        outcome[is_scaled, "scale"] = scaler.get_scale()
+    return outcome
+
+
+def test_an_overflow_under_grad_scaler_is_left_out_on_its_rank_and_nobody_hangs(two_ranks):
+    first, second = two_ranks(train_with_gradient_scaler)
+    assert (first[True, "scale"], second[True, "scale"]) == (2.0**10, 2.0**9)
+    assert torch.equal(first[True], second[True])
+    torch.testing.assert_close(first[True], first[False], rtol=1e-6, atol=1e-6)
+
+
+def train_on_skewed_data(rank):
+    """How far from the least loss PISA and local SGD end, where each rank has a class and a half."""
+    data = blobs()
+    shard = data.select(list(range(45 * rank, 45 + 45 * rank)))
+
+    def loss_of(model, dataset):
+        decay = 0.01 * sum(p.square().sum() for p in model.parameters())
+        return cross_entropy(model(dataset.inputs / 3), dataset.targets) + decay
+
+    def linear():
+        torch.manual_seed(0)
+        return nn.Linear(4, 3, dtype=torch.float64)
+
+    def minimise(loss, optimizer):
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    best = linear()
+    newton = torch.optim.LBFGS(best.parameters(), max_iter=500)
+    newton.step(lambda: minimise(lambda: loss_of(best, data), newton))
+    excess = {}
+    for name in ("PISA", "local SGD"):
+        model = linear()
+        is_ours = name == "PISA"
+        optimizer = (
+            PISA(model.parameters(), local_steps=20, metric="adam", penalty=3.0)
+            if is_ours
+            else torch.optim.SGD(model.parameters(), lr=0.3)
+        )
+        for step in range(1600):
+            minimise(lambda net=model: loss_of(net, shard), optimizer)
+            optimizer.step()
+            if not is_ours and step % 20 == 19:
+                for p in model.parameters():
+                    dist.all_reduce(p.data)
+                    p.data /= 2
+        excess[name] = (loss_of(model, data) - loss_of(best, data)).item()
+    return excess
+
+
+def test_it_reaches_the_least_loss_of_skewed_data_where_averaged_local_steps_settle_elsewhere(two_ranks):
+    first, second = two_ranks(train_on_skewed_data)
+    assert first == second
+    assert first["local SGD"] > 0.03
+    assert 0 <= first["PISA"] < 1e-3
+
+
+def construct_what_does_not_fit(rank):
+    """Message of the ValueError in each case, on this rank."""
+    mesh = init_device_mesh("cpu", (2,))
+    cases = {
+        "metric": lambda: make_net(rank, metric=("muon", "adam")[rank]),
+        "local_steps": lambda: make_net(rank, local_steps=2 + rank),
+        "penalty": lambda: make_net(rank, penalty=2.0 + rank),
+        "sharded": lambda: PISA(fully_shard(small_net(), mesh=mesh).parameters(), local_steps=STEPS),
+    }
+    messages = {}
+    for case, make in cases.items():
+        try:
+            make()
+            messages[case] = "nothing"
+        except ValueError as error:
+            messages[case] = str(error)
+    return messages
+
+
+def test_settings_that_differ_by_rank_and_sharded_parameters_are_refused_on_every_rank(two_ranks):
+    for messages in two_ranks(construct_what_does_not_fit):
+        assert "metric=muon" in messages["metric"]
+        assert "metric=adam" in messages["metric"]
+        assert "local_steps=3" in messages["local_steps"]
+        assert "penalty=3.0" in messages["penalty"]
+        assert "got a sharded one of shape (8, 4)" in messages["sharded"]
