@@ -42,7 +42,9 @@ def restated(problem, rounds, *, penalty, relaxation, second_moment_decay, metri
         if number <= metric_rounds or number % 5 == 0:
             formed = seen @ rms + eps
         used = metric if metric.any() else formed
-        w = w + relaxation * (ALPHA @ moves) / (ALPHA @ (count > 0)) + seen @ dual / (sigma * used)
+        mean_dual = seen @ dual
+        direction = mean_dual / np.maximum(used, np.abs(mean_dual))
+        w = w + relaxation * (ALPHA @ moves) / (ALPHA @ (count > 0)) + direction / sigma
         metric = formed
         out.append(w)
     return np.array(out)

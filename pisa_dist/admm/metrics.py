@@ -49,8 +49,13 @@ class Metric(ABC):
 
 
 def solve_diagonal(mean_dual: Tensor, diagonal: Tensor) -> Tensor:
-    """Pi / P, elementwise; zero where P is, because no gradient has been seen there."""
-    return (mean_dual / diagonal).masked_fill_(diagonal == 0, 0.0)
+    """Pi / max(P, |Pi|), elementwise; zero where both are.
+
+    A mean of gradients is no larger than their root mean square. Where it is, P is older than the gradients: a worker
+    that was never seen before uses what no other did, such as a unit that is dead for all other classes.
+    """
+    largest = torch.maximum(diagonal, mean_dual.abs())
+    return (mean_dual / largest).masked_fill_(largest == 0, 0.0)
 
 
 @dataclass(frozen=True)
