@@ -1,5 +1,6 @@
 """PISA, SISA and NSISA as drop-in `torch.optim.Optimizer`s: one worker per rank, one all-reduce per step or round."""
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -105,6 +106,11 @@ class PISA(ADMMOptimizer):
 
     def _group_preconditioner(self, group: ParamGroup) -> Preconditioner:
         return self._preconditioner
+
+
+# What `help` and `inspect` show: `__new__` takes the arguments of both forms.
+_parameters = list(inspect.signature(PISA.__init__).parameters.values())[1:]
+PISA.__signature__ = inspect.Signature(_parameters)  # type: ignore[attr-defined]
 
 
 class SISA(ADMMOptimizer):

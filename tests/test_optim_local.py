@@ -1,6 +1,7 @@
 """PISA with local steps as a drop-in optimizer: the trainer's numbers, one collective a round, void rounds."""
 
 import copy
+import inspect
 import io
 import math
 import pickle
@@ -673,3 +674,9 @@ def test_settings_that_differ_by_rank_and_sharded_parameters_are_refused_on_ever
         assert "local_steps=3" in messages["local_steps"]
         assert "penalty=3.0" in messages["penalty"]
         assert "got a sharded one of shape (8, 4)" in messages["sharded"]
+
+
+def test_the_signature_that_users_see_is_that_of_the_contract():
+    names = list(inspect.signature(PISA).parameters)
+    assert names[:4] == ["params", "preconditioner", "penalty", "preconditioner_scale"]
+    assert {"local_steps", "metric", "worker_weight", "process_group"} <= set(names)
