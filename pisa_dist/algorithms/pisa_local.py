@@ -135,6 +135,7 @@ class PisaLocal(Algorithm):
         duals = {n: state[n]["dual"] for n in round_.weights}
         memory = {n: {k: v for k, v in state[n].items() if k != "dual"} for n in round_.weights}
         moves = {n: torch.zeros_like(dual) for n, dual in duals.items()}
+        has_newcomers = self.metric != "none" and bool((round_.num_steps_before == 0).any())
         sums = dict(moves)
         for step in range(round_.num_local_steps):
             local = {n: (w + moves[n]).to(w.dtype) for n, w in round_.weights.items()}
@@ -150,21 +151,22 @@ class PisaLocal(Algorithm):
                     preconditioner_scale=self.scale_at(round_.number, round_.num_local_steps),
                     count=column(round_.num_steps_before + step + 1, dual),
                 )
-                sums[n] = sums[n] + gradient
+                if has_newcomers:
+                    sums[n] = sums[n] + gradient
         steps = round_.num_steps_before + round_.num_local_steps
         new_state: State = {SEEN: {"steps": steps.to(state[SEEN]["steps"])}}
         for n, dual in duals.items():
             new_state[n] = {"dual": dual_update(dual, moves[n], penalty=pulls[n]), **memory[n]}
         residual = squared_distance(moves, round_.worker_weight)
         if self.metric == "none":
-            return LocalResult(
-                new_state, self._plain_message(new_state, moves, round_.worker_weight, penalty), residual
-            )
-        for n, dual in duals.items():
-            is_new = column(round_.num_steps_before == 0, dual).bool()
-            first = first_dual(sums[n], round_.num_local_steps)
-            new_state[n]["dual"] = torch.where(is_new, first, new_state[n]["dual"])
-            moves[n] = torch.where(is_new, newcomers_displacement(moves[n], round_.shared[n]["metric"]), moves[n])
+            message = self._plain_message(new_state, moves, round_.worker_weight, penalty)
+            return LocalResult(new_state, message, residual)
+        if has_newcomers:
+            for n, dual in duals.items():
+                is_new = column(round_.num_steps_before == 0, dual).bool()
+                first = first_dual(sums[n], round_.num_local_steps)
+                new_state[n]["dual"] = torch.where(is_new, first, new_state[n]["dual"])
+                moves[n] = torch.where(is_new, newcomers_displacement(moves[n], round_.shared[n]["metric"]), moves[n])
         message = {MOVE + n: s for n, s in weighted_sums(moves, round_.worker_weight).items()}
         message |= self._standing(new_state, round_.worker_weight, round_.number)
         return LocalResult(new_state, message, residual)
