@@ -59,6 +59,7 @@ def _synchronous(optimizer: str, mlp: Sequence[float], cnn: Sequence[float], *op
 
 METHODS: dict[str, Method] = {
     "pisa": Method("PISA, untuned", ("algorithm=pisa_auto",), ours=True),
+    "pisa_constant": Method("PISA, constant penalty", ("algorithm=pisa_local",), ours=True),
     "pisa_tuned": Method("PISA, tuned", ("algorithm=pisa_auto",), _lr(0.5, 1.0, 2.0), ours=True),
     "sisa": Method(
         "SISA", ("algorithm=sisa",), [(f"algorithm.penalty={p}",) for p in (0.5, 2, 8)], kind=ONE_STEP, ours=True
