@@ -278,6 +278,7 @@ def choice_for(model, inputs, vectorize="auto", num_workers=5, batch_size=32):
 
 
 def test_the_rule_takes_small_models_at_once_and_large_ones_one_after_the_other():
+    torch.manual_seed(0)  # two equal inputs of a maximum, to rounding, and one path may take the other's gradient
     images = torch.randn(32, 3, 32, 32)
     assert choice_for(MLP((3, 32, 32), 10, [32]), images).reason is None
     assert "megaflops" in choice_for(CNN((3, 32, 32), 10), images).reason
