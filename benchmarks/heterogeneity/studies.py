@@ -28,7 +28,7 @@ NUM_TRAIN = 10_000
 SEEDS = (0, 1, 2)
 SPLITS = ("label_1", "label_2", "dirichlet_0.1", "dirichlet_0.5", "noise_0.1", "iid")
 OURS = "pisa"
-BASELINES = ("synchronous_muon", "synchronous_adamw", "diloco")
+BASELINES = ("synchronous_muon", "mifa", "feddyn")  # the least mean regret in the grid
 # Log-normal speeds with this factor between the quartiles; the median worker makes one local step in a second.
 SPEED_SPREAD = 4
 
