@@ -45,6 +45,14 @@ def inner_step(
     return (pull * displacement - direction) / (penalty_metric + pull)
 
 
+class Direction(NamedTuple):
+    """What a `LocalSolver` makes of a gradient."""
+
+    direction: Tensor  # d, an estimate of grad F_i(w + u_i) + pi_i
+    preconditioner: Scalar  # diagonal of Q
+    state: State
+
+
 class InnerStep(NamedTuple):
     """Outcome of one step of a `LocalSolver`."""
 
@@ -59,6 +67,10 @@ class LocalSolver:
     def init_state(self, dual: Tensor) -> State:
         """State before the first step of a worker, or of several whose duals are stacked."""
         return {}
+
+    def direction(self, dual: Tensor, gradient: Tensor, state: State, *, count: Scalar) -> Direction:
+        """d and Q of a step; arguments as in `step`. Changes none of its inputs."""
+        return Direction(gradient + dual, 1.0, state)
 
     def step(
         self,
@@ -82,14 +94,15 @@ class LocalSolver:
             preconditioner_scale: rho > 0 of this round.
             count: steps that the worker has taken in all rounds, this one included.
         """
+        direction, preconditioner, new_state = self.direction(dual, gradient, state, count=count)
         displacement = inner_step(
             displacement,
-            gradient + dual,
+            direction,
             penalty_metric=penalty_metric,
             preconditioner_scale=preconditioner_scale,
-            preconditioner=1.0,
+            preconditioner=preconditioner,
         )
-        return InnerStep(displacement, state)
+        return InnerStep(displacement, new_state)
 
 
 @dataclass(frozen=True)
@@ -104,7 +117,7 @@ class AdaptiveSolver(LocalSolver):
     Args:
         first_moment_decay: beta_1 in [0, 1).
         second_moment_decay: beta_2 in [0, 1).
-        eps: > 0 or = 0.
+        eps: >= 0.
     """
 
     first_moment_decay: float = 0.9
@@ -114,28 +127,12 @@ class AdaptiveSolver(LocalSolver):
     def init_state(self, dual: Tensor) -> State:  # noqa: D102 - as in LocalSolver
         return {"first_moment": torch.zeros_like(dual), "second_moment": torch.zeros_like(dual)}
 
-    def step(  # noqa: D102 - as in LocalSolver
-        self,
-        displacement: Tensor,
-        dual: Tensor,
-        gradient: Tensor,
-        state: State,
-        *,
-        penalty_metric: Scalar,
-        preconditioner_scale: Scalar,
-        count: Scalar,
-    ) -> InnerStep:
+    def direction(self, dual: Tensor, gradient: Tensor, state: State, *, count: Scalar) -> Direction:  # noqa: D102
         first = torch.lerp(gradient + dual, state["first_moment"], self.first_moment_decay)
         second = torch.lerp(gradient * gradient, state["second_moment"], self.second_moment_decay)
         new_state = {"first_moment": first, "second_moment": second}
-        displacement = inner_step(
-            displacement,
-            first / (1 - self.first_moment_decay**count),
-            penalty_metric=penalty_metric,
-            preconditioner_scale=preconditioner_scale,
-            preconditioner=self.rms(new_state, count=count).add_(self.eps),
-        )
-        return InnerStep(displacement, new_state)
+        preconditioner = self.rms(new_state, count=count).add_(self.eps)
+        return Direction(first / (1 - self.first_moment_decay**count), preconditioner, new_state)
 
     def rms(self, state: State, *, count: Scalar) -> Tensor:
         """Root mean square of a worker's gradients after `count` >= 1 steps: sqrt(v / (1 - beta_2^k))."""
