@@ -13,8 +13,10 @@ from pisa_dist.algorithms import ALGORITHMS
 SETTINGS = {"metric": "adam", "penalty": 2.0, "relaxation": 0.7, "second_moment_decay": 0.9, "metric_rounds": 3}
 
 
-def restated(problem, rounds, *, penalty, relaxation, second_moment_decay, metric_rounds, growth=1.0, scale=None):
-    """PISA with local steps under a diagonal metric, one worker at a time."""
+def restated(
+    problem, rounds, *, penalty, relaxation, second_moment_decay, metric_rounds, growth=1.0, scale=None, stays=False
+):
+    """PISA with local steps under a diagonal metric, one worker at a time; a worker that `stays` moves in none."""
     b1, b2, eps = 0.9, second_moment_decay, 1e-8
     w, out = problem.start.copy(), []
     dual, first, second, rms = np.zeros((4, 3, 4))
@@ -33,10 +35,12 @@ def restated(problem, rounds, *, penalty, relaxation, second_moment_decay, metri
                 second[i] = b2 * second[i] + (1 - b2) * g * g
                 step = lr / (np.sqrt(second[i] / (1 - b2 ** count[i])) + eps)
                 pull = step * sigma * metric
+                if stays:
+                    continue
                 v = (v - step * first[i] / (1 - b1 ** count[i]) + pull * w) / (1 + pull)
             rms[i] = np.sqrt(second[i] / (1 - b2 ** count[i]))
             moves[i] = 0 if is_new and number > 1 else v - w
-            dual[i] = -np.mean(gradients, axis=0) if is_new else dual[i] + sigma * metric * moves[i]
+            dual[i] = -np.mean(gradients, axis=0) if is_new or stays else dual[i] + sigma * metric * moves[i]
         seen = ALPHA * (count > 0) / (ALPHA @ (count > 0))
         formed = metric
         if number <= metric_rounds or number % 5 == 0:
@@ -50,11 +54,13 @@ def restated(problem, rounds, *, penalty, relaxation, second_moment_decay, metri
     return np.array(out)
 
 
-@pytest.mark.parametrize("changes", [{}, {"penalty_growth": 1.05}, {"preconditioner_scale": 20.0}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"penalty_growth": 1.05}, {"preconditioner_scale": 20.0}, {"enlarge_batch": True}], ids=str
+)
 def test_it_equals_its_restatement_with_workers_that_come_and_go(changes):
     problem = Quadratics()
     found = run(ALGORITHMS["pisa_local"](**SETTINGS, **changes), problem, 40, present=some)
-    names = {"penalty_growth": "growth", "preconditioner_scale": "scale"}
+    names = {"penalty_growth": "growth", "preconditioner_scale": "scale", "enlarge_batch": "stays"}
     own = {name: value for name, value in SETTINGS.items() if name != "metric"}
     expected = restated(problem, 40, **own, **{names[name]: value for name, value in changes.items()})
     assert np.abs(expected[-1] - problem.start).max() > 0.1
@@ -84,6 +90,8 @@ def test_one_local_step_without_a_metric_is_the_papers_step(participation, relax
         ({"metric": "none", "penalty": 2.0, "preconditioner_scale": 4.0}, 1e-9),
         ({"metric": "none", "penalty": 2.0, "preconditioner_scale": 4.0, "relaxation": 0.0}, 1e-9),
         ({"metric": "adam", "penalty": 4.0, "metric_rounds": 500}, 1e-6),
+        ({"metric": "none", "penalty": 8.0, "enlarge_batch": True}, 1e-9),
+        ({"metric": "adam", "penalty": 8.0, "metric_rounds": 500, "enlarge_batch": True}, 1e-6),
     ],
     ids=str,
 )
@@ -136,10 +144,10 @@ def test_it_trains_one_class_per_worker_though_half_of_them_are_away():
     assert final["pisa_local"] > final["fedavg"] + 0.1
 
 
-def test_the_metrics_bytes_vanish_in_most_rounds():
-    trainer = make_trainer(
-        ALGORITHMS["pisa_local"](metric_rounds=1, metric_interval=4), rounds=8, local_steps=2, dtype=torch.float32
-    )
+@pytest.mark.parametrize("enlarge_batch", [False, True])
+def test_the_metrics_bytes_vanish_in_most_rounds(enlarge_batch):
+    algorithm = ALGORITHMS["pisa_local"](metric_rounds=1, metric_interval=4, enlarge_batch=enlarge_batch)
+    trainer = make_trainer(algorithm, rounds=8, local_steps=2, dtype=torch.float32)
     sent = [0]
     for _ in range(8):
         trainer.run_round()
@@ -148,3 +156,4 @@ def test_the_metrics_bytes_vanish_in_most_rounds():
     numel = sum(w.numel() for w in trainer.state.weights.values())
     assert (sizes[[0, 3, 7]] - sizes[[1, 4, 5]] == 3 * 4 * numel).all()
     assert len(set(sizes[[1, 2, 4, 5, 6]])) == 1
+    assert sizes[1] // (3 * 4 * numel) == (1 if enlarge_batch else 2)  # tensors of the model's size

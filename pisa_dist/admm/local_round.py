@@ -75,7 +75,7 @@ class MetricConsensus(NamedTuple):
 
 def metric_consensus(
     consensus_weights: Tensor,
-    displacement_sum: Tensor,
+    displacement_sum: Tensor | None,
     dual_sum: Tensor,
     rms_sum: Tensor | None,
     *,
@@ -96,7 +96,7 @@ def metric_consensus(
 
     Args:
         consensus_weights: w, any shape.
-        displacement_sum: sum_i alpha_i u_i over all workers, same shape.
+        displacement_sum: sum_i alpha_i u_i over all workers, same shape; None where all stayed at w.
         dual_sum: sum_i alpha_i pi_i, same shape, pi_i after the dual step.
         rms_sum: sum_i alpha_i times the RMS of worker i's gradients, same shape; None keeps P.
         seen: sum of alpha_i over the workers that are in the sums, > 0.
@@ -110,6 +110,8 @@ def metric_consensus(
     formed = metric if rms_sum is None else rms_sum / seen + eps
     used = torch.where(metric > 0, metric, formed)
     direction, new_state = rule.solve(dual_sum / seen, used, metric_state)
-    move = relaxation * displacement_sum / seen
-    weights = (consensus_weights.to(move.dtype) + move + direction / penalty).to(consensus_weights.dtype)
+    move = direction / penalty
+    if displacement_sum is not None:
+        move = relaxation * displacement_sum / seen + move
+    weights = (consensus_weights.to(move.dtype) + move).to(consensus_weights.dtype)
     return MetricConsensus(weights, formed, new_state)

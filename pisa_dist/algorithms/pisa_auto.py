@@ -1,14 +1,20 @@
-"""PISA with local steps that needs no tuning: one knob, the learning rate."""
+"""PISA that needs no tuning: one knob, the learning rate."""
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pisa_dist.algorithms.base import Algorithm, ConsensusResult, LocalResult, Round, State, Tensors
-from pisa_dist.algorithms.pisa_local import PisaLocal
+from pisa_dist.algorithms.pisa_local import DUAL, SEEN, PisaLocal
 
 # sigma in the first and in the last round. Its inverse is the consensus step in units of the metric.
-FIRST_PENALTY, LAST_PENALTY = 30.0, 280.0
+FIRST_PENALTY, LAST_PENALTY = 30.0, 200.0
+# Local steps begin where the workers' gradients have a quarter of their square in common.
+AGREEMENT = 0.25
+
+# Key of a message, and of the shared state; no parameter's name has a space.
+SQUARES, LOCAL = "squares of duals", "local steps"
 
 
 @dataclass
@@ -16,10 +22,16 @@ class PisaAuto(Algorithm):
     """`pisa_local` with Muon's metric, everything but the learning rate set by what a run shows and is.
 
     - The scale of the gradients, which the penalty must match in the paper's form, is measured: P is made of it.
-    - sigma grows geometrically from 30 in the first round to 280 in the last, whatever their number: large steps first,
+    - sigma grows geometrically from 30 in the first round to 200 in the last, whatever their number: large steps first,
       small ones in the end.
+    - Whether a round's gradients are spent on one step of a large batch or on local steps is measured too. A run begins
+      with `enlarge_batch`, in which a dual is minus a worker's gradient; once the duals of the workers seen agree, see
+      `agreement`, local steps begin, and go on to the end.
     - rho follows sigma and the number of local steps, so that a round's steps together forget about two thirds of a
       dual.
+
+    A message is one tensor of the model's size before local steps and two with them, and one more in the rounds that
+    form P.
 
     Attributes:
         lr: factor on all steps, > 0.
@@ -33,20 +45,57 @@ class PisaAuto(Algorithm):
     def at(self, round_: Round) -> PisaLocal:
         """The method of a round."""
         progress = (round_.number - 1) / max(round_.num_rounds - 1, 1)
-        return PisaLocal(penalty=FIRST_PENALTY * (LAST_PENALTY / FIRST_PENALTY) ** min(progress, 1.0), lr=self.lr)
+        penalty = FIRST_PENALTY * (LAST_PENALTY / FIRST_PENALTY) ** min(progress, 1.0)
+        return PisaLocal(penalty=penalty, lr=self.lr, enlarge_batch=not bool(round_.shared[LOCAL]["begun"]))
 
     def init_worker_state(self, parameters: Tensors, num_workers: int) -> State:  # noqa: D102 - as in Algorithm
         return PisaLocal().init_worker_state(parameters, num_workers)
 
     def init_shared_state(self, parameters: Tensors) -> State:  # noqa: D102 - as in Algorithm
-        return PisaLocal().init_shared_state(parameters)
+        return PisaLocal().init_shared_state(parameters) | {LOCAL: {"begun": torch.tensor(False)}}
 
     def local_work(self, round_: Round, state: State) -> LocalResult:  # noqa: D102 - as in Algorithm
-        return self.at(round_).local_work(round_, state)
+        result = self.at(round_).local_work(round_, state)
+        return result._replace(message=result.message | _squares(result.state, round_.worker_weight))
 
     def standing_message(self, state: State, worker_weight: Tensor, *, round_number: int) -> Tensors:
-        """As in `PisaLocal`."""
-        return PisaLocal().standing_message(state, worker_weight, round_number=round_number)
+        """As in `PisaLocal`, and the squares of the duals."""
+        message = PisaLocal().standing_message(state, worker_weight, round_number=round_number)
+        return message | _squares(state, worker_weight)
 
     def consensus(self, round_: Round, message_sum: Tensors, shared: State) -> ConsensusResult:  # noqa: D102
-        return self.at(round_).consensus(round_, message_sum, shared)
+        result = self.at(round_).consensus(round_, message_sum, shared)
+        share = agreement(
+            torch.stack([message_sum[DUAL + n].square().sum() for n in round_.weights]).sum(),
+            message_sum[SQUARES],
+            seen=message_sum[SEEN],
+        )
+        begun = shared[LOCAL]["begun"]
+        return result._replace(shared=result.shared | {LOCAL: {"begun": begun | (share >= AGREEMENT).to(begun.device)}})
+
+
+def agreement(square_of_sum: Tensor, squares: Tensor, *, seen: Tensor) -> Tensor:
+    """What part of their mean square the duals of two different workers have in common, on average over all pairs.
+
+        mean over i != j of <pi_i, pi_j>  /  mean over i of ||pi_i||^2
+    with weights a_i a_j and a_i, where a_i is alpha_i of the workers seen: 1 if all duals are equal, 0 if they are
+    orthogonal, and 0 where there is no pair.
+
+    Args:
+        square_of_sum: ||sum_i a_i pi_i||^2, a scalar.
+        squares: sum_i a_i ||pi_i||^2, sum_i a_i^2 ||pi_i||^2 and sum_i a_i^2, shape [3].
+        seen: sum_i a_i, a scalar, > 0.
+    """
+    square, own_square, own_weight = squares
+    pairs = seen * seen - own_weight
+    common = (square_of_sum - own_square) / (pairs * square) * seen
+    # A worker alone leaves nothing but rounding.
+    return torch.where((pairs > 1e-6 * own_weight) & (square > 0), common, 0.0)
+
+
+def _squares(state: State, worker_weight: Tensor) -> Tensors:
+    """The `squares` of `agreement` for some workers."""
+    duals = [kinds["dual"] for name, kinds in state.items() if name != SEEN]
+    square = torch.stack([dual.flatten(1).square().sum(1) for dual in duals]).sum(0)
+    weight = torch.where(state[SEEN]["steps"] > 0, worker_weight.to(square.dtype), 0.0)
+    return {SQUARES: torch.stack([weight @ square, weight.square() @ square, weight @ weight])}

@@ -52,6 +52,11 @@ class PisaLocal(Algorithm):
     what `metric` says. The diagonal is formed anew in the first `metric_rounds` rounds and then every
     `metric_interval`; in other rounds a message is two tensors of the model's size, in those three.
 
+    With `enlarge_batch` a worker stays at w instead, u_i = 0, and pi_i becomes minus the mean of its `local_steps`
+    gradients there: one step of a larger batch, the limit rho -> 0 of the equations with kappa = 0. The mean dual is
+    then the mean of all workers' last gradients. It does not drift where the workers pull apart, and goes less far
+    where they agree. A message is one tensor, two in the rounds that form P.
+
     With metric=none P = I and the steps are plain ones; nothing is scaled to the workers seen and a message is one
     tensor. With one local step that is `algorithm=pisa`, the paper's step.
 
@@ -61,6 +66,7 @@ class PisaLocal(Algorithm):
         preconditioner_scale: rho > 0, 1/rho is the learning rate of the local steps; None for sigma times their number,
             so that it grows with sigma and a round forgets the same share of a dual whatever their number is.
         relaxation: kappa >= 0; 1 is ADMM, 0 moves along the duals alone.
+        enlarge_batch: one step of all a round's minibatches together, in place of local steps.
         lr: divides sigma and rho, > 0: a factor on all steps.
         penalty_growth: 1/gamma >= 1, factor on sigma every `penalty_growth_interval` rounds.
         first_moment_decay, second_moment_decay: of the local steps, each in [0, 1); unused with metric=none.
@@ -77,6 +83,7 @@ class PisaLocal(Algorithm):
     penalty: float = 100.0
     preconditioner_scale: float | None = None
     relaxation: float = 1.0
+    enlarge_batch: bool = False
     lr: float = 1.0
     penalty_growth: float = 1.0
     penalty_growth_interval: int = 1
@@ -130,6 +137,31 @@ class PisaLocal(Algorithm):
         return shared
 
     def local_work(self, round_: Round, state: State) -> LocalResult:  # noqa: D102 - as in Algorithm
+        return self._one_step(round_, state) if self.enlarge_batch else self._local_steps(round_, state)
+
+    def _one_step(self, round_: Round, state: State) -> LocalResult:
+        """All gradients at w; the moments see them too, so that local steps may follow in a later round."""
+        solver, weights = self.solver(), round_.stacked_weights()
+        duals = {n: state[n]["dual"] for n in round_.weights}
+        memory = {n: {k: v for k, v in state[n].items() if k != "dual"} for n in round_.weights}
+        sums = {n: torch.zeros_like(dual) for n, dual in duals.items()}
+        for step in range(round_.num_local_steps):
+            gradients = round_.gradients(weights, step)
+            for n, dual in duals.items():
+                gradient, count = gradients[n].to(dual.dtype), column(round_.num_steps_before + step + 1, dual)
+                memory[n] = solver.direction(dual, gradient, memory[n], count=count).state
+                sums[n] += gradient
+        new_state = self._seen(round_, state)
+        for n, total in sums.items():
+            new_state[n] = {"dual": first_dual(total, round_.num_local_steps), **memory[n]}
+        message = self.standing_message(new_state, round_.worker_weight, round_number=round_.number)
+        return LocalResult(new_state, message)
+
+    def _seen(self, round_: Round, state: State) -> State:
+        steps = round_.num_steps_before + round_.num_local_steps
+        return {SEEN: {"steps": steps.to(state[SEEN]["steps"])}}
+
+    def _local_steps(self, round_: Round, state: State) -> LocalResult:
         solver, penalty = self.solver(), self.penalty_at(round_.number)
         pulls = {n: penalty * round_.shared[n]["metric"] if n in round_.shared else penalty for n in round_.weights}
         duals = {n: state[n]["dual"] for n in round_.weights}
@@ -153,8 +185,7 @@ class PisaLocal(Algorithm):
                 )
                 if has_newcomers:
                     sums[n] = sums[n] + gradient
-        steps = round_.num_steps_before + round_.num_local_steps
-        new_state: State = {SEEN: {"steps": steps.to(state[SEEN]["steps"])}}
+        new_state = self._seen(round_, state)
         for n, dual in duals.items():
             new_state[n] = {"dual": dual_update(dual, moves[n], penalty=pulls[n]), **memory[n]}
         residual = squared_distance(moves, round_.worker_weight)
@@ -214,7 +245,7 @@ class PisaLocal(Algorithm):
         for n, w in round_.weights.items():
             weights[n], metric, memory = metric_consensus(
                 w,
-                message_sum[MOVE + n],
+                message_sum.get(MOVE + n),
                 message_sum[DUAL + n],
                 message_sum.get(METRIC + n),
                 seen=message_sum[SEEN],
