@@ -48,7 +48,7 @@ class LocalPISA(WorkerOptimizer):
 
     State per parameter: dual, two moments and metric (the dual alone without a metric), with metric="kron" its factors;
     the consensus weights and this worker's displacement from them while a round is under way, and a sum of gradients
-    until the first consensus.
+    until the first consensus, with `enlarge_batch` in every round.
 
     Args:
         params: parameters, named parameters or parameter groups; all but `local_steps` may differ by group, such as
@@ -58,6 +58,8 @@ class LocalPISA(WorkerOptimizer):
         penalty: sigma > 0; with a metric 1/sigma is the step of the consensus in units of P, like Adam's learning rate.
         preconditioner_scale: rho > 0, 1/rho is the learning rate of the local steps; None for sigma times their number.
         relaxation: kappa >= 0; 1 is ADMM.
+        enlarge_batch: take all gradients of a round at the consensus weights and make one step of their mean, for
+            workers whose data pull apart; a message is a tensor less.
         lr: > 0, divides penalty and preconditioner_scale; the knob for `torch.optim.lr_scheduler`. It is read in every
             step; a consensus takes its mean over the round.
         penalty_growth: 1/gamma >= 1, factor on the penalty every `penalty_growth_interval` rounds.
@@ -82,6 +84,7 @@ class LocalPISA(WorkerOptimizer):
         "metric",
         "penalty",
         "relaxation",
+        "enlarge_batch",
         "penalty_growth",
         "penalty_growth_interval",
         "eps",
@@ -99,6 +102,7 @@ class LocalPISA(WorkerOptimizer):
         penalty: float = 100.0,
         preconditioner_scale: float | None = None,
         relaxation: float = 1.0,
+        enlarge_batch: bool = False,
         lr: float = 1.0,
         penalty_growth: float = 1.0,
         penalty_growth_interval: int = 1,
@@ -117,6 +121,7 @@ class LocalPISA(WorkerOptimizer):
             "penalty": penalty,
             "preconditioner_scale": preconditioner_scale,
             "relaxation": relaxation,
+            "enlarge_batch": enlarge_batch,
             "lr": lr,
             "penalty_growth": penalty_growth,
             "penalty_growth_interval": penalty_growth_interval,

@@ -32,7 +32,8 @@ COUNTERS = {
 }
 _MOMENTS = ("first_moment", "second_moment")
 # What a parameter's state holds besides the metric's own; the first two only while a round is under way.
-_OWN = ("anchor", "displacement", "dual", *_MOMENTS, "gradient_sum", "metric", "num_steps", "num_rounds")
+_COUNTS = ("num_steps", "num_summed", "num_rounds")
+_OWN = ("anchor", "displacement", "dual", *_MOMENTS, "gradient_sum", "metric", *_COUNTS)
 
 
 def begin_round(state: dict[str, Any], weights: Tensor, group: ParamGroup) -> None:
@@ -49,7 +50,9 @@ def begin_round(state: dict[str, Any], weights: Tensor, group: ParamGroup) -> No
         rule = METRICS[group["metric"]]
         if rule is not None:
             zeros = torch.zeros_like(dual)
-            state.update(gradient_sum=zeros, metric=zeros.clone(), **rule.init_state(zeros))
+            state.update(gradient_sum=zeros, num_summed=0, metric=zeros.clone(), **rule.init_state(zeros))
+    if group["enlarge_batch"]:
+        state.update(gradient_sum=torch.zeros_like(state["dual"]), num_summed=0)
     state["anchor"] = weights.to(state["dual"].dtype, copy=True)
     state["displacement"] = torch.zeros_like(state["dual"])
 
@@ -73,23 +76,28 @@ def local_step(state: dict[str, Any], gradient: Tensor, group: ParamGroup) -> No
         gradient: g_i there, finite and in the state's type.
         group: its settings; `lr` is that of this step.
     """
-    lr = float(group["lr"])
-    penalty = round_penalty(group, lr)
+    lr, solver = float(group["lr"]), _solver(group)
+    moments = {name: state[name] for name in _MOMENTS if name in state}
     state["num_steps"] += 1
-    state["displacement"], moments = _solver(group).step(
-        state["displacement"],
-        state["dual"],
-        gradient,
-        {name: state[name] for name in _MOMENTS if name in state},
-        penalty_metric=penalty * state["metric"] if "metric" in state else penalty,
-        preconditioner_scale=local_scale(
-            group["preconditioner_scale"], penalty=penalty, local_steps=group["local_steps"], lr=lr
-        ),
-        count=state["num_steps"],
-    )
+    if group["enlarge_batch"]:
+        moments = solver.direction(state["dual"], gradient, moments, count=state["num_steps"]).state
+    else:
+        penalty = round_penalty(group, lr)
+        state["displacement"], moments = solver.step(
+            state["displacement"],
+            state["dual"],
+            gradient,
+            moments,
+            penalty_metric=penalty * state["metric"] if "metric" in state else penalty,
+            preconditioner_scale=local_scale(
+                group["preconditioner_scale"], penalty=penalty, local_steps=group["local_steps"], lr=lr
+            ),
+            count=state["num_steps"],
+        )
     state.update(moments)
     if "gradient_sum" in state:
         state["gradient_sum"] += gradient
+        state["num_summed"] += 1
 
 
 class Contribution(NamedTuple):
@@ -112,17 +120,18 @@ def contribution(state: dict[str, Any], group: ParamGroup, *, penalty: float) ->
         group: its settings.
         penalty: sigma of the round.
     """
-    displacement, solver = state["displacement"], _solver(group)
+    displacement, solver, metric = state["displacement"], _solver(group), state.get("metric", 1.0)
+    has_sum = "gradient_sum" in state and state["num_summed"] > 0
+    if has_sum:
+        dual = first_dual(state["gradient_sum"], state["num_summed"])
+    else:
+        dual = dual_update(state["dual"], displacement, penalty=penalty * metric)
     if not isinstance(solver, AdaptiveSolver):
-        dual = dual_update(state["dual"], displacement, penalty=penalty)
         pull = group["relaxation"] * penalty
         return Contribution(dual, [worker_message(dual, displacement, penalty=pull, worker_weight=1.0)])
-    if "gradient_sum" in state and is_seen(state):
-        dual = first_dual(state["gradient_sum"], state["num_steps"])
-        displacement = newcomers_displacement(displacement, state["metric"])
-    else:
-        dual = dual_update(state["dual"], displacement, penalty=penalty * state["metric"])
-    message = [displacement, dual]
+    if has_sum:
+        displacement = newcomers_displacement(displacement, metric)
+    message = [dual] if group["enlarge_batch"] else [displacement, dual]
     number = state["num_rounds"] + 1
     if is_metric_due(number, metric_rounds=group["metric_rounds"], metric_interval=group["metric_interval"]):
         message.append(solver.rms(state, count=max(state["num_steps"], 1)))
@@ -165,12 +174,13 @@ def end_round(
         state.pop("gradient_sum", None)
     if seen == 0:
         return
-    displacement_sum, dual_sum, *rms_sum = message_sum
+    arrived = iter(message_sum)
+    displacement_sum = None if group["enlarge_batch"] else next(arrived)
     state["anchor"], state["metric"], metric_state = metric_consensus(
         state["anchor"],
         displacement_sum,
-        dual_sum,
-        rms_sum[0] if rms_sum else None,
+        next(arrived),
+        next(arrived, None),
         seen=seen,
         rule=rule,
         metric=state["metric"],
@@ -189,7 +199,7 @@ def void_round(state: dict[str, Any]) -> None:
     """
     memory = [state[name] for name in (*_MOMENTS, "gradient_sum") if name in state]
     if memory and not bool(torch.stack([m.isfinite().all() for m in memory]).all()):
-        state["num_steps"] = 0
+        state.update(num_steps=0, num_summed=0)
         for tensor in memory:
             tensor.zero_()
 

@@ -212,6 +212,9 @@ def cases() -> Iterator[Case]:
     for model in BATCH:
         for ours, baseline in PAIRS + (COMPRESSED_PAIRS if model == "gpt" else []):
             yield Case(f"step/{model}/{ours}:{baseline}", _only(step_time, model, ours, baseline))
+    for model in BATCH:
+        pair = ("sisa+overlap+fused", "sisa+reducer+fused")
+        yield Case(f"hooks/{model}", _only(step_time, model, *pair))
     for ours, baseline in OPTIMIZER_PAIRS:
         yield Case(f"optimizer/{ours}:{baseline}", _only(optimizer_only, ours, baseline))
     for ours, baseline in [("sisa", "adamw_fused"), ("nsisa", "adamw_fused"), ("nsisa", "muon")]:

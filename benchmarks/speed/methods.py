@@ -29,6 +29,7 @@ def parse(name: str) -> tuple[str, dict[str, Any]]:
     method, *options = name.split("+")
     keywords = {
         "overlap": {"overlap": True},
+        "reducer": {"overlap": True},
         "fused": {"fused": True},
         "bf16": {"compression": "bf16"},
         "int8": {"compression": "int8"},
@@ -36,11 +37,34 @@ def parse(name: str) -> tuple[str, dict[str, Any]]:
     return method, {key: value for option in options for key, value in keywords[option].items()}
 
 
+def send_by_reducer(model: nn.Module, optimizer: torch.optim.Optimizer) -> DistributedDataParallel:
+    """The model in DDP whose communication hook sends the optimizer's messages, as an alternative to its own hooks.
+
+    The reducer says when a bucket of gradients is complete; the gradients stay what they are.
+    """
+    for hook in optimizer._hooks:
+        hook.remove()
+    optimizer._hooks = []
+    position = {id(slot.parameter): number for number, slot in enumerate(optimizer._plan.slots)}
+
+    def send(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        for parameter in bucket.parameters():
+            optimizer._gradient_arrived(position[id(parameter)])
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=25)
+    wrapped.register_comm_hook(None, send)
+    return wrapped
+
+
 class Method:
     """A model with its optimizers; `step` trains it on one batch, as a user's loop would.
 
     Args:
-        name: a key of DEFAULTS, with "+overlap", "+fused", "+bf16" or "+int8" behind it.
+        name: a key of DEFAULTS, with "+overlap", "+fused", "+bf16" or "+int8" behind it. "+reducer" is overlap whose
+            messages DDP's reducer sends off, by a communication hook, in place of our hooks on the parameters.
         model: its weights are this method's alone.
         settings: override DEFAULTS. `rest` holds those of vectors, embeddings and the last layer; without it ours
             have one parameter group.
@@ -55,6 +79,8 @@ class Method:
         is_ours = self.name in OWN
         if is_ours:
             self.optimizers = [self._ours(chosen, rest, keywords)]
+            if "+reducer" in name:
+                self.model = send_by_reducer(self.model, self.optimizers[0])
         else:
             self.optimizers = self._torchs(chosen, rest)
             if dist.is_initialized() and dist.get_world_size() > 1 and self.name != "compute":
