@@ -231,6 +231,13 @@ class Trainer:
                 live[name].copy_(value)
         return self.model
 
+    def _steps_of_round(self) -> list[int]:
+        """Gradient steps of every worker in the next round; the clock counts those of the plan."""
+        if not self.method.needs_one_pass(self.state.shared):
+            return self._steps
+        passes = [-(-size // self.plan.batch_size) for size in self.shard_sizes]
+        return [min(steps, one_pass) for steps, one_pass in zip(self._steps, passes, strict=True)]
+
     def _stack(self, rows: Sequence[int], num_steps: int, number: int) -> Stack:
         """Present hosted workers that take so many steps, and what they draw."""
         shards = [self.shards[worker] for worker in self.hosted]
@@ -254,9 +261,10 @@ class Trainer:
         The workers of a call take equally many steps from the same weights: a method needs to know of one of each only.
         """
         groups: dict[tuple[int, int], list[int]] = {}
+        steps = self._steps_of_round()
         for row, worker in enumerate(self.hosted):
             if worker in scheduled.fetched:
-                groups.setdefault((self._steps[worker], scheduled.fetched[worker]), []).append(row)
+                groups.setdefault((steps[worker], scheduled.fetched[worker]), []).append(row)
         works = []
         for (num_steps, fetched), group in sorted(groups.items()) or [((1, scheduled.number - 1), [])]:
             # A resumed run whose clock has been set anew may want weights that were not kept.
@@ -332,11 +340,11 @@ class Trainer:
 
     def _count(self, scheduled: ScheduledRound, num_bytes: int) -> None:
         """Counts a round, refused or not, and keeps the weights of before it for hosted workers still at work."""
-        state, batch = self.state, self.plan.batch_size
+        state, batch, steps = self.state, self.plan.batch_size, self._steps_of_round()
         known = {**state.fetched, state.round_number: state.weights}
         state.fetched = {number: known[number] for number in scheduled.held(self.hosted) if number in known}
         state.round_number += 1
-        state.samples_seen += sum(self._steps[i] * min(batch, self.shard_sizes[i]) for i in scheduled.present)
+        state.samples_seen += sum(steps[i] * min(batch, self.shard_sizes[i]) for i in scheduled.present)
         state.bytes_sent += num_bytes
 
     def _residuals(self, result: ConsensusResult, primal_square: float | None) -> tuple[float | None, float | None]:

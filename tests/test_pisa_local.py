@@ -157,3 +157,18 @@ def test_the_metrics_bytes_vanish_in_most_rounds(enlarge_batch):
     assert (sizes[[0, 3, 7]] - sizes[[1, 4, 5]] == 3 * 4 * numel).all()
     assert len(set(sizes[[1, 2, 4, 5, 6]])) == 1
     assert sizes[1] // (3 * 4 * numel) == (1 if enlarge_batch else 2)  # tensors of the model's size
+
+
+@pytest.mark.parametrize("epochs", [None, 3.0])
+def test_one_step_of_a_large_batch_goes_once_through_the_data_at_most(epochs):
+    """Blobs in shards of 34, 26 and 30, minibatches of 8: a pass takes 5, 4 and 4 steps."""
+    taken = {}
+    for enlarge_batch in (False, True):
+        algorithm = ALGORITHMS["pisa_local"](enlarge_batch=enlarge_batch)
+        steps = {"local_steps": 12} if epochs is None else {"local_epochs": epochs}
+        trainer = make_trainer(algorithm, rounds=2, **steps)
+        assert list(trainer.shard_sizes) == [34, 26, 30]
+        trainer.run_round()
+        taken[enlarge_batch] = trainer.state.num_steps.tolist()
+        assert trainer.state.samples_seen == 8 * sum(taken[enlarge_batch])
+    assert taken == {False: [12, 12, 12] if epochs is None else [13, 10, 12], True: [5, 4, 4]}

@@ -124,6 +124,16 @@ class Algorithm(ABC):
         """State that every rank holds alike, such as a server's momentum. None by default."""
         return {}
 
+    def needs_one_pass(self, shared: State) -> bool:
+        """Whether every gradient of the next round is taken at w, so that a second pass over a shard adds nothing.
+
+        A worker then takes as many of its local steps as go once through its shard.
+
+        Args:
+            shared: the shared state before the round.
+        """
+        return False
+
     @abstractmethod
     def local_work(self, round_: Round, state: State) -> LocalResult:
         """What the present workers of this rank do, and the sum of what they send. Changes none of its inputs.

@@ -46,7 +46,10 @@ class PisaAuto(Algorithm):
         """The method of a round."""
         progress = (round_.number - 1) / max(round_.num_rounds - 1, 1)
         penalty = FIRST_PENALTY * (LAST_PENALTY / FIRST_PENALTY) ** min(progress, 1.0)
-        return PisaLocal(penalty=penalty, lr=self.lr, enlarge_batch=not bool(round_.shared[LOCAL]["begun"]))
+        return PisaLocal(penalty=penalty, lr=self.lr, enlarge_batch=self.needs_one_pass(round_.shared))
+
+    def needs_one_pass(self, shared: State) -> bool:  # noqa: D102 - as in Algorithm
+        return not bool(shared[LOCAL]["begun"])
 
     def init_worker_state(self, parameters: Tensors, num_workers: int) -> State:  # noqa: D102 - as in Algorithm
         return PisaLocal().init_worker_state(parameters, num_workers)

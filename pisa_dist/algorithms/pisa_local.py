@@ -52,10 +52,11 @@ class PisaLocal(Algorithm):
     what `metric` says. The diagonal is formed anew in the first `metric_rounds` rounds and then every
     `metric_interval`; in other rounds a message is two tensors of the model's size, in those three.
 
-    With `enlarge_batch` a worker stays at w instead, u_i = 0, and pi_i becomes minus the mean of its `local_steps`
-    gradients there: one step of a larger batch, the limit rho -> 0 of the equations with kappa = 0. The mean dual is
-    then the mean of all workers' last gradients. It does not drift where the workers pull apart, and goes less far
-    where they agree. A message is one tensor, two in the rounds that form P.
+    With `enlarge_batch` a worker stays at w instead, u_i = 0, and pi_i becomes minus the mean of its gradients there:
+    one step of a larger batch, of the `local_steps` minibatches, or of one pass over its data if that is less. It is
+    the limit rho -> 0 of the equations with kappa = 0. The mean dual is then the mean of all workers' last gradients.
+    It does not drift where the workers pull apart, and goes less far where they agree. A message is one tensor, two in
+    the rounds that form P.
 
     With metric=none P = I and the steps are plain ones; nothing is scaled to the workers seen and a message is one
     tensor. With one local step that is `algorithm=pisa`, the paper's step.
@@ -98,6 +99,9 @@ class PisaLocal(Algorithm):
         check_choice("algorithm.metric", self.metric, tuple(METRICS))
         if self.preconditioner_scale == 0:
             raise ValueError("`algorithm.preconditioner_scale` (rho) must be > 0 or null for local steps, got 0")
+
+    def needs_one_pass(self, shared: State) -> bool:  # noqa: D102 - as in Algorithm
+        return self.enlarge_batch
 
     def solver(self) -> LocalSolver:
         """The rule of the local steps."""
