@@ -34,6 +34,9 @@ CELLS_WITH_TEXT = 20  # per side; more counts than that cannot be read
 WORKERS_IN_ORDER = 200  # beyond, a worker is a few pixels wide and its place says nothing
 SPLITS_SHOWN = 4
 
+# Behind a metric's name: where its mean over several runs, less and plus their deviation, lies.
+LOW, HIGH = " low", " high"
+
 _STYLE: dict[Any, Any] = {  # matplotlib types the keys as a literal of 300 names
     "font.size": 10.5,
     "axes.titlesize": 10.5,
@@ -205,6 +208,7 @@ def _draw_progress(runs: Runs, lines: Mapping[str, Any], *, scale: float, label:
                 position[position <= 0] = np.nan
             for metric, line in lines.items():
                 _plot(panel, position, run.series(metric) * scale, style, line)
+                _shade(panel, position, run.series(metric + LOW) * scale, run.series(metric + HIGH) * scale, style)
         if logarithmic:
             panel.set_xscale("log")
         panel.set_xlabel(title + (", log scale" if logarithmic else ""))
@@ -248,6 +252,18 @@ def _plot(
     kept = np.isfinite(horizontal) & np.isfinite(vertical)
     step = max(1, math.ceil(kept.sum() / MARKERS_PER_CURVE))
     panel.plot(horizontal[kept], vertical[kept], linestyle=line, markevery=step, **style)
+
+
+def _shade(
+    panel: Axes,
+    horizontal: NDArray[np.float64],
+    low: NDArray[np.float64],
+    high: NDArray[np.float64],
+    style: Mapping[str, Any],
+) -> None:
+    kept = np.isfinite(horizontal) & np.isfinite(low) & np.isfinite(high)
+    if kept.any():
+        panel.fill_between(horizontal[kept], low[kept], high[kept], color=style["color"], alpha=0.15, linewidth=0)
 
 
 def _new_figure(curves: Sequence[Curve]) -> Figure:

@@ -1,8 +1,9 @@
 """Compares run directories: a table on the terminal and figures beside the runs.
 
-    python -m pisa_dist.report RUN... [--output DIR]
+    python -m pisa_dist.report RUN... [--output DIR] [--each]
 
-A directory above several runs counts as all of them.
+A directory above several runs counts as all of them. Runs that differ in nothing but their seed are one curve and, in a
+second table, one row: their mean and standard deviation.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
 import yaml
 
 from pisa_dist.figures import Run, byte_unit, save_figures
+from pisa_dist.seeds import averaged, group_by_seed
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
@@ -100,6 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="where the figures go (default: figures/ of a single run, report/ above several)",
     )
+    parser.add_argument(
+        "--each", action="store_true", help="a curve for each run, also where runs differ only in their seed"
+    )
     options = parser.parse_args(argv)
     try:
         runs = [load_run(path) for path in find_runs(options.runs)]
@@ -108,7 +115,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"warning: {warning}", file=sys.stderr)
         labelled = label_runs(runs)
         _print_table(labelled)
-        for figure in save_figures(labelled, options.output or _default_output(runs)):
+        groups = {label: [run] for label, run in labelled.items()} if options.each else group_by_seed(labelled)
+        if any(len(members) > 1 for members in groups.values()):
+            _print_means(groups)
+        curves = {_curve_label(label, members): averaged(members) for label, members in groups.items()}
+        for figure in save_figures(curves, options.output or _default_output(runs)):
             print(figure)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -186,6 +197,26 @@ def _default_output(runs: Sequence[Run]) -> Path:
 
 
 def _print_table(runs: Mapping[str, Run]) -> None:
+    left, right = ("run", "algorithm", "split"), ("last %", "best %", "rounds", "sent", "passes", "seconds")
+    _print(left, right, [[label, *_table_cells(run)] for label, run in runs.items()], last="status")
+
+
+def _print_means(groups: Mapping[str, Sequence[Run]]) -> None:
+    """A row for every group of runs of one experiment: accuracy in percent, mean and standard deviation."""
+    rows = []
+    for label, runs in groups.items():
+        algorithm, split, *_ = _table_cells(runs[0])
+        accuracies = [100 * run.series("test_accuracy") for run in runs]
+        last = [values[-1] for values in accuracies if values.size]
+        best = [np.nanmax(values) for values in accuracies if np.isfinite(values).any()]
+        rows.append([label, algorithm, split, str(len(runs)), _mean_and_deviation(last), _mean_and_deviation(best)])
+    _print(("runs that differ in their seed", "algorithm", "split"), ("seeds", "last %", "best %"), rows)
+
+
+def _print(
+    left: Sequence[str], right: Sequence[str], rows: Iterable[Sequence[str]], *, last: str | None = None
+) -> None:
+    """A table whose first columns are words and whose next ones are numbers."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -195,14 +226,25 @@ def _print_table(runs: Mapping[str, Run]) -> None:
     # breaking words into columns of three letters. A line that the terminal wraps stays readable.
     console = Console(file=sys.stdout, width=1000)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for header in ("run", "algorithm", "split"):
+    for header in left:
         table.add_column(header, no_wrap=True)
-    for header in ("last %", "best %", "rounds", "sent", "passes", "seconds"):
+    for header in right:
         table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("status", no_wrap=True)
-    for label, run in runs.items():
-        table.add_row(*(Text(cell) for cell in (label, *_table_cells(run))))  # Text: brackets are no markup
+    if last is not None:
+        table.add_column(last, no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # Text: brackets are no markup
     console.print(table)
+
+
+def _curve_label(label: str, runs: Sequence[Run]) -> str:
+    return label if len(runs) == 1 else f"{shorten(label, 60, placeholder=' …')} ({len(runs)} seeds)"
+
+
+def _mean_and_deviation(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return _number(values[0] if values else math.nan, ".2f")
+    return f"{_number(fmean(values), '.2f')} ± {_number(stdev(values), '.2f')}"
 
 
 def _table_cells(run: Run) -> list[str]:

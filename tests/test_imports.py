@@ -35,7 +35,7 @@ LAYERS = (
     ("exchange",),
     ("trainer",),
     ("snapshot", "figures", "preemption"),
-    ("checkpoint",),
+    ("checkpoint", "seeds"),
     ("report", "rundir"),
     ("schema",),
     ("runner",),

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 
 from pisa_dist import figures
 from pisa_dist.report import draw_run, find_runs, label_runs, load_run, main
+from pisa_dist.seeds import averaged, group_by_seed
 
 PNG = b"\x89PNG"
 
@@ -232,6 +234,59 @@ def test_missing_directories_and_directories_without_runs_are_refused(
     assert "has no runs" in capsys.readouterr().err
     with pytest.raises(ValueError, match="is not a run directory"):
         load_run(tmp_path)
+
+
+def with_seed(path: Path, seed: int, *, lift: float = 0.0, penalty: float = 1.0, **options: Any) -> Path:
+    lines = [metrics_line(done, test_accuracy=0.1 + 0.02 * done + lift) for done in (0, 10, 20, 30)]
+    run = make_run(path, lines, **options)
+    config = {"algorithm": {"name": "sisa", "penalty": penalty}, "seed": seed, "run_dir": str(path)}
+    (run / "config.yaml").write_text(json.dumps(config))
+    return run
+
+
+def test_runs_that_differ_only_in_their_seed_are_one_curve_and_one_row_with_mean_and_deviation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in (0, 1, 2):
+        with_seed(tmp_path / f"penalty=1,seed={seed}", seed, lift=0.1 * seed)
+    with_seed(tmp_path / "penalty=2,seed=0", 0, penalty=2.0)
+    assert main([str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    assert row_of(output, "penalty=1,seed=1")[3] == "80.00"  # each run still has its row
+    assert row_of(output, "penalty=1")[3:] == ["3", "80.00", "±", "10.00", "80.00", "±", "10.00"]
+    assert row_of(output, "penalty=2,seed=0")[3:] == ["1", "70.00", "70.00"]
+    groups = group_by_seed(label_runs([load_run(path) for path in sorted(tmp_path.glob("penalty=*"))]))
+    assert {label: len(members) for label, members in groups.items()} == {"penalty=1": 3, "penalty=2,seed=0": 1}
+    figure = figures.draw_accuracy({label: averaged(members) for label, members in groups.items()})
+    assert figure is not None
+    first, _ = figure.axes[0].get_lines()
+    np.testing.assert_allclose(first.get_ydata(), [20, 40, 60, 80])
+    (band,) = figure.axes[0].collections
+    corners = band.get_paths()[0].vertices
+    assert corners[:, 1].min() == pytest.approx(10)
+    assert corners[:, 1].max() == pytest.approx(90)
+
+
+def test_each_run_can_have_its_own_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (0, 1):
+        with_seed(tmp_path / str(seed), seed)
+    assert main([str(tmp_path), "--each"]) == 0
+    assert "±" not in capsys.readouterr().out
+
+
+def test_the_mean_is_over_the_rounds_that_all_seeds_have_and_says_that_one_is_unfinished(tmp_path: Path) -> None:
+    full = load_run(with_seed(tmp_path / "a", 0))
+    short = load_run(with_seed(tmp_path / "b", 1, finished=False))
+    short = replace(short, metrics=short.metrics[:2])
+    mean = averaged([full, short])
+    assert mean.series("round").tolist() == [0, 10]
+    assert mean.summary == {}
+
+
+@pytest.mark.parametrize("other", [{"seed": 0}, {"seed": 1, "penalty": 2.0}], ids=["the same seed", "another penalty"])
+def test_runs_of_one_seed_or_of_different_experiments_are_not_averaged(tmp_path: Path, other: dict[str, Any]) -> None:
+    runs = [load_run(with_seed(tmp_path / "a", 0)), load_run(with_seed(tmp_path / "b", **other))]
+    assert [len(members) for members in group_by_seed(label_runs(runs)).values()] == [1, 1]
 
 
 def test_the_command_ends_with_its_status_and_imports_matplotlib_only_to_draw(tmp_path: Path) -> None:
