@@ -86,6 +86,15 @@ def test_a_worker_that_has_been_seen_alone_agrees_with_nobody():
     assert of([0.3, 0.2], np.zeros((2, 3))) == 0
 
 
+def test_the_only_worker_of_a_run_takes_local_steps_from_the_second_round_on():
+    trainer = make_trainer(PisaAuto(), num_workers=1, rounds=3, local_steps=30)
+    taken = []
+    for _ in range(3):
+        trainer.run_round()
+        taken.append(int(trainer.state.num_steps[0]))
+    assert taken == [12, 42, 72]  # a pass over 90 samples in minibatches of 8, then all steps
+
+
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
 @pytest.mark.parametrize("make", [Quadratics, alike])
 def test_the_scale_of_the_loss_does_not_matter(factor, make):

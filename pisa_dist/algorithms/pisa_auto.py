@@ -74,6 +74,8 @@ class PisaAuto(Algorithm):
             seen=message_sum[SEEN],
         )
         begun = shared[LOCAL]["begun"]
+        if len(round_.all_worker_weights) == 1:  # nobody to disagree with
+            share = torch.ones_like(share)
         return result._replace(shared=result.shared | {LOCAL: {"begun": begun | (share >= AGREEMENT).to(begun.device)}})
 
 
