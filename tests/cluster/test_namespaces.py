@@ -161,6 +161,7 @@ def num_writers(checkpoint: Path) -> int:
     return len(list(checkpoint.glob("*.distcp")))
 
 
+@pytest.mark.slow
 def test_training_survives_the_loss_of_a_host_and_ends_as_if_undisturbed(hosts: Hosts, tmp_path: Path) -> None:
     run_dir, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     command = [sys.executable, "-m", "pisa_dist.train", f"run_dir={undisturbed}", *RUN]

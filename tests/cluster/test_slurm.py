@@ -174,6 +174,7 @@ def test_requeues_are_bounded(cluster: Cluster) -> None:
     assert summary(cluster.run_directory(job))["status"] == "preempted"
 
 
+@pytest.mark.slow
 def test_an_array_job_runs_one_seed_per_task(cluster: Cluster, tmp_path: Path) -> None:
     job = cluster.submit(*SHORT, options=("--array=1-2", "--nodes=1", "--ntasks-per-node=2"))
     for seed in (1, 2):
