@@ -31,8 +31,8 @@ COUNTERS = {
     "first_fault": None,  # parameter whose gradient was not finite in them, in message order
 }
 _MOMENTS = ("first_moment", "second_moment")
-# What a parameter's state holds besides the metric's own; the first two only while a round is under way.
 _COUNTS = ("num_steps", "num_summed", "num_rounds")
+# What a parameter's state holds besides the metric's own; the first two only while a round is under way.
 _OWN = ("anchor", "displacement", "dual", *_MOMENTS, "gradient_sum", "metric", *_COUNTS)
 
 
@@ -76,12 +76,13 @@ def local_step(state: dict[str, Any], gradient: Tensor, group: ParamGroup) -> No
         gradient: g_i there, finite and in the state's type.
         group: its settings; `lr` is that of this step.
     """
-    lr, solver = float(group["lr"]), _solver(group)
+    solver = _solver(group)
     moments = {name: state[name] for name in _MOMENTS if name in state}
     state["num_steps"] += 1
     if group["enlarge_batch"]:
         moments = solver.direction(state["dual"], gradient, moments, count=state["num_steps"]).state
     else:
+        lr = float(group["lr"])
         penalty = round_penalty(group, lr)
         state["displacement"], moments = solver.step(
             state["displacement"],
