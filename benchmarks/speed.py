@@ -27,9 +27,10 @@ from ranks import Skipped  # noqa: E402
 
 
 def machine() -> str:
-    """Processor, its number of cores, GPUs, system and torch."""
+    """Processor, its number of cores and vector instructions, GPUs, system and torch."""
     found = [line.partition(":")[2].strip() for line in _read("/proc/cpuinfo") if line.startswith("model name")]
-    parts = [f"{os.cpu_count()} x {found[0] if found else platform.machine()}"]
+    processor = found[0] if found else platform.machine()
+    parts = [f"{os.cpu_count()} x {processor}, {torch.backends.cpu.get_cpu_capability()}"]
     if torch.cuda.is_available():
         parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
     return ", ".join([*parts, platform.system(), f"torch {torch.__version__}"])

@@ -192,7 +192,8 @@ class NSISA(ADMMOptimizer):
         momentum: mu in [0, 1).
         newton_schulz_steps: iterations, >= 1.
         newton_schulz_coefficients: "quintic" (Muon's) or "polar_express" (nearer to orthogonal at the same cost).
-        newton_schulz_precision: "bfloat16" (float32 matrices are iterated in it, as Muon's are) or "float32".
+        newton_schulz_precision: "bfloat16" (float32 matrices are iterated in it, as Muon's are), "float32", or "auto":
+            the faster of the two on this device.
         eps: added to the diagonal of Q_i, >= 0.
         second_moment_decay: beta in [0, 1) of the SISA step.
         preconditioner_bound: eta_i > 0 of the SISA step; None for no bound.
@@ -208,7 +209,7 @@ class NSISA(ADMMOptimizer):
         momentum: float = 0.95,
         newton_schulz_steps: int = 5,
         newton_schulz_coefficients: str = "quintic",
-        newton_schulz_precision: str = "bfloat16",
+        newton_schulz_precision: str = "auto",
         eps: float = 1e-8,
         second_moment_decay: float = 0.999,
         preconditioner_bound: float | None = None,

@@ -106,7 +106,7 @@ BAD_SETTINGS: dict[str, tuple[str, ...]] = {
     ),
     "algorithm=nsisa algorithm.newton_schulz_precision=half": (
         "`algorithm.newton_schulz_precision`",
-        "bfloat16, float32",
+        "auto, bfloat16, float32",
         "half",
     ),
     "algorithm=fedavg algorithm.lr=0": ("`algorithm.lr`", "> 0", "0.0"),

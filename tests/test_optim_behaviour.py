@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, StepLR
 
 from pisa_dist import NSISA, PISA, SISA
+from pisa_dist.admm.device import multiplies_bfloat16_fast
 from pisa_dist.admm.preconditioners import Identity, newton_schulz
 
 SETTINGS = {"penalty": 3.0, "preconditioner_scale": 10.0}
@@ -701,6 +702,17 @@ def test_newton_schulz_brings_singular_values_to_one(coefficients, steps, low, h
     assert torch.equal(found[1], torch.zeros_like(matrix))
     tall = newton_schulz(matrix.mT, steps=steps, coefficients=coefficients)
     torch.testing.assert_close(tall.mT, found[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("is_fast", "precision"), [(True, "bfloat16"), (False, "float32")])
+def test_newton_schulz_iterates_in_bfloat16_where_the_device_is_fast_in_it(monkeypatch, is_fast, precision):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: is_fast, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    multiplies_bfloat16_fast.cache_clear()
+    matrix = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    chosen = newton_schulz(matrix, precision="auto")
+    multiplies_bfloat16_fast.cache_clear()
+    assert torch.equal(chosen, newton_schulz(matrix, precision=precision))
 
 
 def test_integer_parameters_are_refused_with_compression_too():

@@ -168,7 +168,7 @@ class Nsisa(ADMM):
     momentum: float = 0.95
     newton_schulz_steps: int = 5
     newton_schulz_coefficients: str = "quintic"
-    newton_schulz_precision: str = "bfloat16"
+    newton_schulz_precision: str = "auto"
     eps: float = 1e-8
     second_moment_decay: float = 0.999
     preconditioner_bound: float | None = None

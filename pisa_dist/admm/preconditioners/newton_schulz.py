@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
+from pisa_dist.admm.device import multiplies_bfloat16_fast
 from pisa_dist.admm.preconditioners.base import Preconditioned, Preconditioner, State
 from pisa_dist.admm.preconditioners.second_moment import SecondMoment
 from pisa_dist.admm.updates import Scalar
@@ -27,7 +28,7 @@ COEFFICIENTS: dict[str, tuple[tuple[float, float, float], ...]] = {
         (1.875, -1.25, 0.375),
     ),
 }
-PRECISIONS = ("bfloat16", "float32")
+PRECISIONS = ("auto", "bfloat16", "float32")
 # Polar Express needs singular values of 1 at most, rounding included.
 _MARGIN = {"quintic": 1.0, "polar_express": 1.01}
 # Keeps the zero matrix at zero instead of dividing by its norm.
@@ -47,8 +48,9 @@ def newton_schulz(
         matrices: shape [..., rows, columns], floating point; the leading dimensions are batched.
         steps: number of iterations, >= 1.
         coefficients: a key of `COEFFICIENTS`.
-        precision: "bfloat16" iterates float32 matrices in bfloat16, as Muon does: several times as fast on GPUs and on
-            CPUs that have it, and the result is that approximate anyway. Other types are iterated as they are.
+        precision: "bfloat16" iterates float32 matrices in bfloat16, as Muon does; the result is that approximate
+            anyway. "auto" does so where it is faster: on GPUs and CPUs that have instructions for it, several times.
+            Other types are iterated as they are.
 
     Returns:
         Tensor of the same shape and dtype.
@@ -57,7 +59,8 @@ def newton_schulz(
     tall = matrices.shape[-2] > matrices.shape[-1]
     x: Tensor = matrices.mT if tall else matrices
     x = x / (_MARGIN[coefficients] * torch.linalg.matrix_norm(x, keepdim=True) + SMALLEST_NORM)
-    if precision == "bfloat16" and x.dtype == torch.float32:
+    is_halved = precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16_fast(x.device.type))
+    if is_halved and x.dtype == torch.float32:
         x = x.bfloat16()
     if x.ndim > 2:
         x = x.reshape(-1, *x.shape[-2:])
@@ -104,7 +107,7 @@ class NewtonSchulz(Preconditioner):
         momentum: mu in [0, 1).
         newton_schulz_steps: iterations, >= 1.
         newton_schulz_coefficients: "quintic" (Muon's) or "polar_express" (nearer to orthogonal at the same cost).
-        newton_schulz_precision: "bfloat16" (float32 matrices are iterated in it) or "float32".
+        newton_schulz_precision: "bfloat16" (float32 matrices are iterated in it), "float32", or "auto": the faster.
         eps: added to the diagonal, >= 0.
         vectors: preconditioner of what is not orthogonalised.
         sisa_parameters: shell patterns of parameter names, such as "*embedding*", that take the step of `vectors`.
@@ -116,7 +119,7 @@ class NewtonSchulz(Preconditioner):
     vectors: Preconditioner = field(default_factory=SecondMoment)
     sisa_parameters: tuple[str, ...] = ()
     newton_schulz_coefficients: str = "quintic"
-    newton_schulz_precision: str = "bfloat16"
+    newton_schulz_precision: str = "auto"
 
     def __post_init__(self) -> None:
         check_ranges(vars(self))
