@@ -32,24 +32,27 @@ def different():
 
 @dataclass
 class ByHand(PisaLocal):
-    """`pisa_local` with one step a round until the round given, and local steps after it."""
+    """`pisa_local` with a penalty for each round, one step a round until the round given, and local steps after it."""
 
+    penalties: tuple[float, ...] = ()
     until: int = 0
 
     def at(self, round_):
-        settings = {k: v for k, v in vars(self).items() if k not in ("until", "enlarge_batch")}
-        return PisaLocal(**settings, enlarge_batch=round_.number <= self.until)
+        return PisaLocal(penalty=self.penalties[round_.number - 1], enlarge_batch=round_.number <= self.until)
 
     def local_work(self, round_, state):
         return self.at(round_).local_work(round_, state)
 
+    def consensus(self, round_, message_sum, shared):
+        return self.at(round_).consensus(round_, message_sum, shared)
+
 
 @pytest.mark.parametrize(("make", "until"), [(different, ROUNDS), (alike, 2)])
-def test_it_is_pisa_local_with_a_growing_penalty_that_takes_local_steps_once_workers_agree(make, until):
+def test_it_is_pisa_local_with_shrinking_steps_that_takes_local_steps_once_workers_agree(make, until):
     """`some` has one worker in the first round, which agrees with nobody, and the other two in the second."""
     problem = make()
-    growth = (LAST_PENALTY / FIRST_PENALTY) ** (1 / (ROUNDS - 1))
-    by_hand = ByHand(penalty=FIRST_PENALTY / 0.5, penalty_growth=growth, until=until)
+    steps = 0.5 * np.linspace(1 / FIRST_PENALTY, 1 / LAST_PENALTY, ROUNDS)
+    by_hand = ByHand(penalties=tuple(1 / steps), until=until)
     found = run(PisaAuto(lr=0.5), problem, ROUNDS, present=some)
     np.testing.assert_allclose(found, run(by_hand, problem, ROUNDS, present=some), rtol=1e-9)
     other = run(replace(by_hand, until=0 if until == ROUNDS else ROUNDS), problem, ROUNDS, present=some)

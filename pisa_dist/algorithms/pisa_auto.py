@@ -9,7 +9,7 @@ from pisa_dist.algorithms.base import Algorithm, ConsensusResult, LocalResult, R
 from pisa_dist.algorithms.pisa_local import DUAL, SEEN, PisaLocal
 
 # sigma in the first and in the last round. Its inverse is the consensus step in units of the metric.
-FIRST_PENALTY, LAST_PENALTY = 30.0, 200.0
+FIRST_PENALTY, LAST_PENALTY = 30.0, 300.0
 # Local steps begin where the workers' gradients have a quarter of their square in common.
 AGREEMENT = 0.25
 
@@ -22,8 +22,7 @@ class PisaAuto(Algorithm):
     """`pisa_local` with Muon's metric, everything but the learning rate set by what a run shows and is.
 
     - The scale of the gradients, which the penalty must match in the paper's form, is measured: P is made of it.
-    - sigma grows geometrically from 30 in the first round to 200 in the last, whatever their number: large steps first,
-      small ones in the end.
+    - 1/sigma, the step, falls linearly from 1/30 in the first round to 1/300 in the last, whatever their number.
     - Whether a round's gradients are spent on one step of a large batch or on local steps is measured too. A run begins
       with `enlarge_batch`, in which a dual is minus a worker's gradient; once the duals of the workers seen agree, see
       `agreement`, local steps begin, and go on to the end.
@@ -44,9 +43,9 @@ class PisaAuto(Algorithm):
 
     def at(self, round_: Round) -> PisaLocal:
         """The method of a round."""
-        progress = (round_.number - 1) / max(round_.num_rounds - 1, 1)
-        penalty = FIRST_PENALTY * (LAST_PENALTY / FIRST_PENALTY) ** min(progress, 1.0)
-        return PisaLocal(penalty=penalty, lr=self.lr, enlarge_batch=self.needs_one_pass(round_.shared))
+        progress = min((round_.number - 1) / max(round_.num_rounds - 1, 1), 1.0)
+        step = (1 - progress) / FIRST_PENALTY + progress / LAST_PENALTY
+        return PisaLocal(penalty=1 / step, lr=self.lr, enlarge_batch=self.needs_one_pass(round_.shared))
 
     def needs_one_pass(self, shared: State) -> bool:  # noqa: D102 - as in Algorithm
         return not bool(shared[LOCAL]["begun"])
