@@ -13,6 +13,9 @@ from pisa_dist.consensus import Consensus, make_consensus
 from pisa_dist.faults import ON_NONFINITE
 
 COMPRESSIONS = (None, *CODECS)
+# MiB in a bucket, by measurement. A compressed sum takes two stages, and with small buckets one's first stage travels
+# beside another's second: on 100 Mbit/s 2 MiB in place of 25 make a step with int8 messages 1.5 times as fast.
+BUCKET_MB, COMPRESSED_BUCKET_MB = 25.0, 2.0
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -24,7 +27,7 @@ class Communication:
     process_group: dist.ProcessGroup | None = None
     on_nonfinite: str = "raise"
     overlap: bool = False
-    bucket_mb: float = 25.0
+    bucket_mb: float | None = None
     compression: str | None = None
     grad_scaler: torch.amp.GradScaler | None = None
     fused: bool | None = None
@@ -32,7 +35,14 @@ class Communication:
     def __post_init__(self) -> None:
         check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         check_choice("compression", self.compression, COMPRESSIONS)
-        check_ranges({"worker_weight": self.worker_weight, "bucket_mb": self.bucket_mb}, optional=("worker_weight",))
+        given = {"worker_weight": self.worker_weight, "bucket_mb": self.bucket_mb}
+        check_ranges(given, optional=tuple(given))
+
+    @property
+    def bucket_bytes(self) -> float | None:
+        """How many bytes of messages a bucket holds before it goes; None for one bucket."""
+        default = BUCKET_MB if self.compression is None else COMPRESSED_BUCKET_MB
+        return 2**20 * (default if self.bucket_mb is None else self.bucket_mb) if self.overlap else None
 
     def consensus(self) -> Consensus:
         """What sums the messages."""

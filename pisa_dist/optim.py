@@ -42,7 +42,8 @@ class PISA(ADMMOptimizer):
         overlap: send messages while the backward pass is still running, in several buckets; the same numbers. Between
             backward() and step() gradients and settings must then stay as they are (no clipping), and all backward
             passes of a step but the last belong into `with optimizer.accumulate():`.
-        bucket_mb: with overlap, a bucket goes once it holds so many MiB of messages, > 0.
+        bucket_mb: with overlap, a bucket goes once it holds so many MiB of messages, before compression, > 0. None: 25,
+            or 2 with compression, whose two stages then overlap.
         compression: "bf16" or "int8" messages (half or a quarter of the bytes) with error feedback; None sends them as
             they are. One more tensor of state per parameter, what compression has left out so far.
         grad_scaler: with overlap under AMP, the GradScaler, whose scale is in the gradients.
@@ -76,7 +77,7 @@ class PISA(ADMMOptimizer):
         process_group: dist.ProcessGroup | None = None,
         on_nonfinite: str = "raise",
         overlap: bool = False,
-        bucket_mb: float = 25.0,
+        bucket_mb: float | None = None,
         compression: str | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         fused: bool | None = None,
@@ -147,7 +148,7 @@ class SISA(ADMMOptimizer):
         process_group: dist.ProcessGroup | None = None,
         on_nonfinite: str = "raise",
         overlap: bool = False,
-        bucket_mb: float = 25.0,
+        bucket_mb: float | None = None,
         compression: str | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         fused: bool | None = None,
@@ -222,7 +223,7 @@ class NSISA(ADMMOptimizer):
         process_group: dist.ProcessGroup | None = None,
         on_nonfinite: str = "raise",
         overlap: bool = False,
-        bucket_mb: float = 25.0,
+        bucket_mb: float | None = None,
         compression: str | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         fused: bool | None = None,

@@ -83,9 +83,8 @@ class ADMMOptimizer(WorkerOptimizer):
         if made_for == self._plan.made_for:
             return
         slots = make_slots(self.param_groups, rules, self._communication.is_compiled)
-        overlap = self._communication.overlap
         sizes = [slot.weights.numel() * state_dtype(slot.weights.dtype).itemsize for slot in slots]
-        bucket_bytes = self._communication.bucket_mb * 2**20 if overlap else None
+        bucket_bytes = self._communication.bucket_bytes
         buckets = [Bucket.of(slots, positions) for positions in make_buckets(sizes, bucket_bytes=bucket_bytes)]
         self._plan = Plan(slots, buckets, made_for)
         parameters = [slot.parameter for slot in slots]
@@ -96,7 +95,7 @@ class ADMMOptimizer(WorkerOptimizer):
             parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                 lambda _, at=position: _arrived(this, at)
             )
-            for position, parameter in enumerate(parameters if overlap else ())
+            for position, parameter in enumerate(parameters if self._communication.overlap else ())
         ]
 
     @contextmanager

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pisa_dist import NSISA, PISA, SISA
+from pisa_dist.communication import Communication
 from pisa_dist.compression import CODECS
 from pisa_dist.overlap import make_buckets
 
@@ -264,6 +265,15 @@ def test_a_copy_of_an_overlapping_optimizer_trains_its_own_model():
         nn.functional.cross_entropy(m(x), y).backward()
         o.step()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other_model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "megabytes"),
+    [({}, 25), ({"compression": "int8"}, 2), ({"compression": "bf16", "bucket_mb": 7.5}, 7.5), ({"bucket_mb": 3}, 3)],
+)
+def test_a_bucket_is_smaller_where_compressed_sums_take_two_stages_unless_its_size_is_given(settings, megabytes):
+    assert Communication(overlap=True, **settings).bucket_bytes == megabytes * 2**20
+    assert Communication(**settings).bucket_bytes is None
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ TUNED = {
     "gpt": {
         "adamw_fused": {"lr": 1e-3},
         "muon": {"lr": 0.02, "rest": {"lr": 3e-3}},
-        "sisa": {"penalty": 0.3, "preconditioner_scale": 3000.0},
+        "sisa": {"penalty": 1.0, "preconditioner_scale": 10000.0},
         "nsisa": {
             "penalty": 35.0,
             "rest": {"penalty": 0.3, "preconditioner_scale": 100.0},
