@@ -4,12 +4,12 @@
 
 Fashion-MNIST, 10,000 training samples, MLP, as in protocol quick. Baselines take the settings that the grid chose for
 the same split at 30 % participation (results.jsonl beside this file), PISA its default. A line per run in
-studies.jsonl, a table of each study in studies.md.
+studies.jsonl, a table of each study in studies.md. `--method pisa` runs it alone and keeps the others' lines.
 """
 
+import argparse
 import json
 import resource
-import sys
 import time
 from pathlib import Path
 from statistics import mean, stdev
@@ -201,16 +201,17 @@ def accuracy_at(runs: list[dict], rounds_of_median: float) -> str:
     return f"{mean(values):.1f}" if len(values) == len(runs) and values else "-"
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
     """Run the studies named, add their lines to studies.jsonl in place of earlier ones, and write studies.md."""
     known = {study.__name__: study for study in (passes, few, stragglers, workers)}
-    for name in names:
-        if name not in known:
-            raise SystemExit(f"studies are {', '.join(known)}, got {name!r}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", nargs="+", choices=known)
+    parser.add_argument("--method", nargs="+", choices=(OURS, *BASELINES), default=(OURS, *BASELINES))
+    arguments = parser.parse_args()
     path = HERE / "studies.jsonl"
     kept = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    for name in names:
-        tasks = known[name]()
+    for name in arguments.studies:
+        tasks = [task for task in known[name]() if task[0]["method"] in arguments.method]
         lines: list[dict] = []
         with Pool(train, 1 if name == "workers" else 2) as pool:
             while tasks or pool.running:
@@ -221,11 +222,11 @@ def main(names: list[str]) -> None:
                         raise SystemExit(f"{finished.task[0]}: {finished.error}")
                     lines.append(finished.value)
                     print(f"{name}: {len(lines)} done, {len(tasks)} to go", flush=True)
-        kept = [line for line in kept if line["study"] != name] + lines
+        kept = [x for x in kept if x["study"] != name or x["method"] not in arguments.method] + lines
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         (HERE / "studies.md").write_text(tables(kept))
     print(tables(kept))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
