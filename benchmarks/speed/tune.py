@@ -37,7 +37,10 @@ GRIDS: dict[str, dict[str, list[Settings]]] = {
     "gpt": {
         "adamw_fused": [*_grid(lr=[1e-3, 2e-3])],
         "muon": [*_grid(lr=[0.02], rest_lr=[3e-3])],
-        "sisa": [*_grid(penalty=[0.3], preconditioner_scale=[3000.0, 10000.0])],
+        "sisa": [
+            *_grid(penalty=[0.3], preconditioner_scale=[3000.0]),
+            *_grid(penalty=[1.0], preconditioner_scale=[10000.0]),
+        ],
         "nsisa": [*_grid(penalty=[35.0], rest_penalty=[0.3], rest_preconditioner_scale=[100.0])],
     },
     "gpt_small": {
