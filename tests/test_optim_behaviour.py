@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, StepLR
 from pisa_dist import NSISA, PISA, SISA
 from pisa_dist.admm.device import multiplies_bfloat16_fast
 from pisa_dist.admm.preconditioners import Identity, newton_schulz
+from pisa_dist.admm.preconditioners.newton_schulz import COEFFICIENTS
 
 SETTINGS = {"penalty": 3.0, "preconditioner_scale": 10.0}
 OPTIMIZERS = {
@@ -702,6 +703,27 @@ def test_newton_schulz_brings_singular_values_to_one(coefficients, steps, low, h
     assert torch.equal(found[1], torch.zeros_like(matrix))
     tall = newton_schulz(matrix.mT, steps=steps, coefficients=coefficients)
     torch.testing.assert_close(tall.mT, found[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-3)])
+@pytest.mark.parametrize("coefficients", ["quintic", "polar_express"])
+@pytest.mark.parametrize("columns", [20, 31, 90])
+def test_newton_schulz_of_wide_matrices_applies_the_polynomials_to_the_singular_values(
+    columns, coefficients, dtype, tolerance
+):
+    generator = torch.Generator().manual_seed(0)
+    left, _ = torch.linalg.qr(torch.randn(3, 20, 20, generator=generator, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(3, columns, columns, generator=generator, dtype=torch.float64))
+    values = torch.logspace(-7, 0, 20, dtype=torch.float64)
+    wide = (left * values) @ right[:, :20]
+    singular = values / ((1.01 if coefficients == "polar_express" else 1) * values.square().sum().sqrt() + 1e-7)
+    for step in range(5):
+        a, b, c = COEFFICIENTS[coefficients][step if coefficients == "polar_express" else 0]
+        singular = a * singular + b * singular**3 + c * singular**5
+    expected = (left * singular) @ right[:, :20]
+    for matrices, orthogonal in ((wide, expected), (wide[1].mT, expected[1].mT), (wide[0], expected[0])):
+        found = newton_schulz(matrices.to(dtype), coefficients=coefficients)
+        torch.testing.assert_close(found.double(), orthogonal, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(("is_fast", "precision"), [(True, "bfloat16"), (False, "float32")])
