@@ -1,4 +1,4 @@
-"""Run a function on several ranks: fresh processes, gloo, and none left over whatever happens."""
+"""Run a function on several ranks: their own processes, gloo, and none left over whatever happens."""
 
 import importlib.util
 import inspect
@@ -13,13 +13,15 @@ from datetime import timedelta
 from multiprocessing.connection import wait
 
 _COLLECTIVE_TIMEOUT = timedelta(seconds=30)
+_PRELOADED = ["pytest", "torch.distributed", "pisa_dist.runner", "pisa_dist.optim"]
 _GRACE_SECONDS = 2.0  # for the other ranks to say why, too, once one has failed
 
 
 def run_ranks(function, num_ranks, *args, timeout=240):
     """Call `function(rank, num_ranks, *args)` on every rank and return the list of results.
 
-    Starting a rank imports torch, which takes seconds: let one call do many cases.
+    Ranks are forked from a process that has imported the package, which takes seconds, and done nothing else. They see
+    the environment variables of the moment when the first rank of all was started.
 
     Args:
         function: module-level function of a test module; arguments and result can be pickled (tensors too).
@@ -30,7 +32,8 @@ def run_ranks(function, num_ranks, *args, timeout=240):
         Exception: of the rank that failed first, with the traceback that it had there as a note.
         TimeoutError: after `timeout` seconds, naming the ranks that were still running; all are killed.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
     deadline = time.monotonic() + timeout
     pickled_args = pickle.dumps(args)  # not left to multiprocessing, which would share tensors' memory
     processes, pending, results, failures = [], {}, {}, []
