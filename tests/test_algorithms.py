@@ -12,7 +12,7 @@ from pisa_dist.algorithms.base import Round
 SETTINGS = {
     "pisa": {"penalty": 4.0},
     "sisa": {"penalty": 2.0, "preconditioner_scale": 3.0},
-    "nsisa": {"penalty": 10.0},
+    "nsisa": {"penalty": 10.0, "newton_schulz_precision": "float32"},
     "synchronous": {"optimizer": "AdamW", "lr": 0.01},
     "fedavg": {"lr": 0.05, "momentum": 0.5},
     "fedprox": {"lr": 0.05, "proximal": 0.1},

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ranks import run_ranks
-from settings import TRAINING
+from settings import TRAINING, TUNING
 
 FILE = Path(__file__).with_name("tuning.jsonl")
 SEED = 100
@@ -35,13 +35,16 @@ def _grid(**axes: list[Any]) -> Iterator[Settings]:
 
 GRIDS: dict[str, dict[str, list[Settings]]] = {
     "gpt": {
-        "adamw_fused": [*_grid(lr=[1e-3, 2e-3])],
-        "muon": [*_grid(lr=[0.02], rest_lr=[3e-3])],
-        "sisa": [
-            *_grid(penalty=[0.3], preconditioner_scale=[3000.0]),
-            *_grid(penalty=[1.0], preconditioner_scale=[10000.0]),
+        "adamw_fused": [*_grid(lr=[2e-4, 3e-4, 5e-4, 1e-3, 2e-3])],
+        "muon": [],
+        "sisa": [*_grid(penalty=[1.0], preconditioner_scale=[3000.0, 10000.0])],
+        "nsisa": [
+            *_grid(penalty=[35.0, 70.0], rest_penalty=[0.3], rest_preconditioner_scale=[100.0]),
+            *_grid(penalty=[70.0], rest_penalty=[3.0], rest_preconditioner_scale=[300.0]),
+            *_grid(penalty=[100.0], rest_penalty=[1.0], rest_preconditioner_scale=[300.0, 3000.0, 10000.0]),
+            *_grid(penalty=[70.0, 150.0], rest_penalty=[1.0], rest_preconditioner_scale=[3000.0]),
+            *_grid(penalty=[100.0], rest_penalty=[3.0], rest_preconditioner_scale=[10000.0]),
         ],
-        "nsisa": [*_grid(penalty=[35.0], rest_penalty=[0.3], rest_preconditioner_scale=[100.0])],
     },
     "gpt_small": {
         "adamw_fused": [*_grid(lr=[1e-3, 3e-3, 1e-2])],
@@ -85,7 +88,7 @@ def known(model: str) -> list[dict[str, Any]]:
 
 def tune(model: str, method: str, settings: Settings) -> dict[str, Any]:
     """Train once; what the table needs."""
-    training = TRAINING[model]
+    training = {**TRAINING[model], **TUNING[model]}
     chosen = {"name": method, "settings": settings}
     found = run_ranks("train", {**training, "model": model, "methods": [chosen], "seed": SEED})["methods"][0]
     return {
@@ -106,18 +109,37 @@ def _finite(value: float) -> float | None:
 
 
 def table(model: str) -> None:
-    """Markdown, a line per run, best validation loss first within a method."""
-    print("| method | settings | training loss | validation loss |\n| --- | --- | --- | --- |")
+    """Markdown, a line per run, best first within a method: fewest steps to the target, or lowest validation loss."""
+    target = TUNING[model].get("target")
+    kinds = f"steps to {target} |" if target else "training loss | validation loss |"
+    print(f"| method | settings | {kinds}\n| --- | --- |{' --- |' * kinds.count('|')}")
     lines = known(model)
     for method in GRIDS[model]:
         own = [line for line in lines if line["method"] == method]
-        for line in sorted(own, key=lambda line: line["validation_loss"] or math.inf):
+        for line in sorted(own, key=lambda line: _badness(line, target)):
             rest = line["settings"].get("rest", {})
             parts = [f"{k} {v:g}" for k, v in line["settings"].items() if k != "rest"]
             parts += [f"rest: {k} {v:g}" for k, v in rest.items()]
-            losses = [line["training_loss"], line["validation_loss"]]
-            shown = ["diverged" if line["validation_loss"] is None else f"{loss:.3f}" for loss in losses]
-            print(f"| {method} | {', '.join(parts).replace('_', ' ')} | {' | '.join(shown)} |")
+            print(f"| {method} | {', '.join(parts).replace('_', ' ')} | {_outcome(line, target)} |")
+
+
+def _reached(line: dict[str, Any], target: float) -> bool:
+    return line["training_loss"] is not None and line["training_loss"] <= target
+
+
+def _badness(line: dict[str, Any], target: float | None) -> float:
+    if target:
+        return line["steps_done"] if _reached(line, target) else 1e6 * (line["training_loss"] or math.inf)
+    return line["validation_loss"] or math.inf
+
+
+def _outcome(line: dict[str, Any], target: float | None) -> str:
+    losses = [line["training_loss"], line["validation_loss"]]
+    if line["training_loss"] is None:
+        return "diverged" if target else "diverged | diverged"
+    if target:
+        return str(line["steps_done"]) if _reached(line, target) else f"{losses[0]:.2f} after {line['steps_done']}"
+    return " | ".join("diverged" if loss is None else f"{loss:.3f}" for loss in losses)
 
 
 def main() -> None:
@@ -132,7 +154,7 @@ def main() -> None:
     done = [(line["method"], line["settings"], line["training"]) for line in known(arguments.model)]
     for method in arguments.methods:
         for settings in GRIDS[arguments.model][method]:
-            if (method, settings, TRAINING[arguments.model]) in done:
+            if (method, settings, {**TRAINING[arguments.model], **TUNING[arguments.model]}) in done:
                 continue
             line = tune(arguments.model, method, settings)
             with FILE.open("a") as file:

@@ -143,13 +143,16 @@ def train(
     warmup: int = 20,
     decay: str = "cosine",
     target: float | None = None,
+    at_most: int | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Train with one method after another, each from the same weights on the same batches.
 
     Args:
         methods: `name` and `settings` of each.
+        steps: for which step sizes are scheduled, and after which the training ends.
         target: end a method's training when the smoothed training loss is at or below this.
+        at_most: end it after this many steps already.
 
     Returns:
         The link's speed and, for each method, the ranks' mean training loss of every step, smoothed too, the seconds
@@ -165,7 +168,7 @@ def train(
         if NUM_RANKS > 1:
             dist.barrier()
         started = time.perf_counter()
-        for step in range(steps):
+        for step in range(min(steps, at_most or steps)):
             method.set_lr(schedule(step, steps, warmup, decay))
             batch = on(device, shard.batch(batch_size, seed=seed, rank=RANK, step=step))
             try:
