@@ -1,5 +1,7 @@
 """The trainer's PISA, SISA and NSISA against the NumPy reference: several workers on several ranks."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -59,6 +61,7 @@ def trajectories(rank, num_ranks, num_workers):
     return found
 
 
+@cache
 def reference_trajectory(scheme, num_workers):
     trainer = whole_shard_trainer(scheme, num_workers, InProcess())
     _, settings, penalty, scale = SCHEMES[scheme]
@@ -88,7 +91,14 @@ def reference_trajectory(scheme, num_workers):
     return np.array(steps)
 
 
-@pytest.mark.parametrize(("num_workers", "num_ranks"), [(1, 1), (3, 1), (3, 2), (10, 1), (10, 2), (10, 4)])
+LAYOUTS = [
+    # One process for all layouts of as many workers: they have one reference.
+    pytest.param(workers, ranks, marks=pytest.mark.xdist_group(f"reference of {workers} workers"))
+    for workers, ranks in [(1, 1), (3, 1), (3, 2), (10, 1), (10, 2), (10, 4)]
+]
+
+
+@pytest.mark.parametrize(("num_workers", "num_ranks"), LAYOUTS)
 def test_workers_on_ranks_follow_the_reference(num_workers, num_ranks):
     by_rank = [trajectories(0, 1, num_workers)] if num_ranks == 1 else run_ranks(trajectories, num_ranks, num_workers)
     for scheme in SCHEMES:
