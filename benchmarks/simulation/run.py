@@ -1,12 +1,12 @@
 """Worker updates per second of this package's trainer, of pfl and of Flower, at 10, 100 and 1,000 workers.
 
-    python benchmarks/simulation/run.py [--pfl-python PATH] [--flwr-python PATH] [--repeats 5]
+    python benchmarks/simulation/run.py [--pfl-python PATH] [--flwr-python PATH] [--repeats 5] [--workers 10 100 1000]
 
 A worker update is one local step of one worker on its own minibatch, its part of the aggregation included: the same
 network (64-64-10), digits, 32 samples, for all. The systems take turns, each time in a fresh process; the first rounds
 of a process do not count. A process' rate is that of its median round, a system's the median over the processes. Rates
 are by wall time; by processor time too where one process does all the work, which other programs disturb less.
-Writes results.json beside this file.
+Writes results.json beside this file; rows of other numbers of workers stay in it.
 """
 
 import argparse
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--pfl-python", help="interpreter of an environment with pfl[pytorch]")
     parser.add_argument("--flwr-python", help="interpreter of an environment with flwr[simulation] and torch")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--workers", type=int, nargs="+", choices=WORKERS, default=WORKERS)
     options = parser.parse_args()
     own = [
         System(
@@ -78,8 +79,9 @@ def main() -> None:
     flwr = System("flwr fedavg", options.flwr_python, "with_flwr.py", (10, 5, 3))
     systems = [*own, pfl, flwr]
     installed = [system for system in systems if system.python is not None]
-    rows = []
-    for num_workers in WORKERS:
+    file = FOLDER / "results.json"
+    rows = {row["num_workers"]: row for row in json.loads(file.read_text())["rows"]} if file.exists() else {}
+    for num_workers in options.workers:
         turns: dict[str, list[dict[str, float]]] = {system.name: [] for system in installed}
         loads = []
         for _ in range(options.repeats):
@@ -92,6 +94,7 @@ def main() -> None:
         }
         row = {
             "num_workers": num_workers,
+            "repeats": options.repeats,
             "load_average": loads,
             "updates_per_second": {
                 kind: {
@@ -117,10 +120,9 @@ def main() -> None:
             },
         }
         print(json.dumps(row, indent=1), flush=True)
-        rows.append(row)
+        rows[num_workers] = row
     result = {
-        "rows": rows,
-        "repeats": options.repeats,
+        "rows": [rows[num_workers] for num_workers in sorted(rows)],
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
         "versions": {
             "torch": version("torch"),
@@ -128,7 +130,7 @@ def main() -> None:
             "flwr": packages(options.flwr_python, "flwr", "ray", "torch"),
         },
     }
-    (FOLDER / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
