@@ -10,6 +10,8 @@ import torch
 from measure import compare, ratios
 from ranks import Skipped, hosts, run_ranks
 
+from pisa_dist.admm.device import multiplies_bfloat16_fast
+
 Entries = dict[str, dict[str, Any]]
 
 BATCH = {"mlp": (64, 0), "cnn": (64, 0), "gpt": (8, 64)}  # samples a rank and step, context
@@ -147,7 +149,11 @@ def compressed_loss(model: str, method: str, options: Options) -> Entries:
     """Loss at the end of the same training with messages in float32, bf16 and int8."""
     training = settings.TRAINING[model] | ({"steps": 20} if options.quick else {})
     chosen = settings.TUNED[model]
-    names = [method, f"{method}+bf16", f"{method}+int8", "adamw_fused" if method == "sisa" else "muon"]
+    names = [method, f"{method}+bf16", f"{method}+int8"]
+    if method == "sisa":
+        names.append("adamw_fused")
+    elif multiplies_bfloat16_fast("cpu"):  # as torch's Muon does, 8 to 16 times slower elsewhere
+        names.append("muon")
     methods = [{"name": name, "settings": chosen[name.split("+")[0]]} for name in names]
     runs = [run_ranks("train", {**training, "model": model, "methods": methods, "seed": s}) for s in options.seed_range]
     entries = {}
