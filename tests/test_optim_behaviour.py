@@ -706,16 +706,17 @@ def test_newton_schulz_brings_singular_values_to_one(coefficients, steps, low, h
 
 
 @pytest.fixture
-def slow_in_bfloat16(monkeypatch):
-    """A CPU without instructions for bfloat16."""
-    for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, check, lambda: False, raising=False)
+def bfloat16_is_fast(request, monkeypatch):
+    """A CPU with or without instructions for bfloat16, as the parameter says."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: request.param, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
     multiplies_bfloat16_fast.cache_clear()
     yield
     multiplies_bfloat16_fast.cache_clear()
 
 
-@pytest.mark.usefixtures("slow_in_bfloat16")
+@pytest.mark.usefixtures("bfloat16_is_fast")
+@pytest.mark.parametrize("bfloat16_is_fast", [False], indirect=True)
 @pytest.mark.parametrize(
     ("dtype", "precision", "tolerance"),
     [(torch.float64, "auto", 1e-12), (torch.float32, "float32", 1e-4), (torch.float32, "auto", 2e-3)],
@@ -740,15 +741,13 @@ def test_newton_schulz_applies_the_polynomials_to_the_singular_values(
         torch.testing.assert_close(found.double(), orthogonal, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize(("is_fast", "precision"), [(True, "bfloat16"), (False, "float32")])
-def test_newton_schulz_iterates_in_bfloat16_where_the_device_is_fast_in_it(monkeypatch, is_fast, precision):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: is_fast, raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
-    multiplies_bfloat16_fast.cache_clear()
+@pytest.mark.usefixtures("bfloat16_is_fast")
+@pytest.mark.parametrize(
+    ("bfloat16_is_fast", "precision"), [(True, "bfloat16"), (False, "float32")], indirect=["bfloat16_is_fast"]
+)
+def test_newton_schulz_iterates_in_bfloat16_where_the_device_is_fast_in_it(precision):
     matrix = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
-    chosen = newton_schulz(matrix, precision="auto")
-    multiplies_bfloat16_fast.cache_clear()
-    assert torch.equal(chosen, newton_schulz(matrix, precision=precision))
+    assert torch.equal(newton_schulz(matrix, precision="auto"), newton_schulz(matrix, precision=precision))
 
 
 def test_integer_parameters_are_refused_with_compression_too():

@@ -79,6 +79,12 @@ def main() -> None:
     flwr = System("flwr fedavg", options.flwr_python, "with_flwr.py", (10, 5, 3))
     systems = [*own, pfl, flwr]
     installed = [system for system in systems if system.python is not None]
+    machine = {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+    versions = {
+        "torch": version("torch"),
+        "pfl": packages(options.pfl_python, "pfl", "torch"),
+        "flwr": packages(options.flwr_python, "flwr", "ray", "torch"),
+    }
     file = FOLDER / "results.json"
     rows = {row["num_workers"]: row for row in json.loads(file.read_text())["rows"]} if file.exists() else {}
     for num_workers in options.workers:
@@ -95,6 +101,8 @@ def main() -> None:
         row = {
             "num_workers": num_workers,
             "repeats": options.repeats,
+            "machine": machine,
+            "versions": versions,
             "load_average": loads,
             "updates_per_second": {
                 kind: {
@@ -121,16 +129,7 @@ def main() -> None:
         }
         print(json.dumps(row, indent=1), flush=True)
         rows[num_workers] = row
-    result = {
-        "rows": [rows[num_workers] for num_workers in sorted(rows)],
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
-        "versions": {
-            "torch": version("torch"),
-            "pfl": packages(options.pfl_python, "pfl", "torch"),
-            "flwr": packages(options.flwr_python, "flwr", "ray", "torch"),
-        },
-    }
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    file.write_text(json.dumps({"rows": [rows[num_workers] for num_workers in sorted(rows)]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

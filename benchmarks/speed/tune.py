@@ -86,9 +86,13 @@ def known(model: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["model"] == model]
 
 
+def _training(model: str) -> dict[str, Any]:
+    return {**TRAINING[model], **TUNING[model]}
+
+
 def tune(model: str, method: str, settings: Settings) -> dict[str, Any]:
     """Train once; what the table needs."""
-    training = {**TRAINING[model], **TUNING[model]}
+    training = _training(model)
     chosen = {"name": method, "settings": settings}
     found = run_ranks("train", {**training, "model": model, "methods": [chosen], "seed": SEED})["methods"][0]
     return {
@@ -116,30 +120,29 @@ def table(model: str) -> None:
     lines = known(model)
     for method in GRIDS[model]:
         own = [line for line in lines if line["method"] == method]
-        for line in sorted(own, key=lambda line: _badness(line, target)):
+        for line in sorted(own, key=lambda line: _rank(line, target)):
             rest = line["settings"].get("rest", {})
             parts = [f"{k} {v:g}" for k, v in line["settings"].items() if k != "rest"]
             parts += [f"rest: {k} {v:g}" for k, v in rest.items()]
             print(f"| {method} | {', '.join(parts).replace('_', ' ')} | {_outcome(line, target)} |")
 
 
-def _reached(line: dict[str, Any], target: float) -> bool:
-    return line["training_loss"] is not None and line["training_loss"] <= target
-
-
-def _badness(line: dict[str, Any], target: float | None) -> float:
-    if target:
-        return line["steps_done"] if _reached(line, target) else 1e6 * (line["training_loss"] or math.inf)
-    return line["validation_loss"] or math.inf
+def _rank(line: dict[str, Any], target: float | None) -> tuple[float, float]:
+    """Sorts runs, best first: those that reached the target by their steps, others behind them by their loss."""
+    if target is None:
+        return (0.0, line["validation_loss"] or math.inf)
+    loss = line["training_loss"] or math.inf
+    return (line["steps_done"], loss) if loss <= target else (math.inf, loss)
 
 
 def _outcome(line: dict[str, Any], target: float | None) -> str:
-    losses = [line["training_loss"], line["validation_loss"]]
-    if line["training_loss"] is None:
-        return "diverged" if target else "diverged | diverged"
-    if target:
-        return str(line["steps_done"]) if _reached(line, target) else f"{losses[0]:.2f} after {line['steps_done']}"
-    return " | ".join("diverged" if loss is None else f"{loss:.3f}" for loss in losses)
+    if target is None:
+        losses = [line["training_loss"], line["validation_loss"]]
+        return " | ".join("diverged" if line["validation_loss"] is None else f"{loss:.3f}" for loss in losses)
+    loss = line["training_loss"]
+    if loss is None:
+        return "diverged"
+    return f"{line['steps_done']}" if loss <= target else f"{loss:.2f} after {line['steps_done']}"
 
 
 def main() -> None:
@@ -154,7 +157,7 @@ def main() -> None:
     done = [(line["method"], line["settings"], line["training"]) for line in known(arguments.model)]
     for method in arguments.methods:
         for settings in GRIDS[arguments.model][method]:
-            if (method, settings, {**TRAINING[arguments.model], **TUNING[arguments.model]}) in done:
+            if (method, settings, _training(arguments.model)) in done:
                 continue
             line = tune(arguments.model, method, settings)
             with FILE.open("a") as file:

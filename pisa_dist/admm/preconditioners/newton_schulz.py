@@ -66,12 +66,12 @@ def newton_schulz(
     x: Tensor = matrices.mT if tall else matrices
     x = x / (_MARGIN[coefficients] * torch.linalg.matrix_norm(x, keepdim=True) + SMALLEST_NORM)
     is_halved = precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16_fast(x.device.type))
-    is_wide = x.shape[-1] > _WIDE * x.shape[-2]
-    iterate = _iterate_gram if is_wide and precision == "auto" and x.dtype == torch.float32 else _iterate
     if is_halved and x.dtype == torch.float32:
-        x, iterate = x.bfloat16(), _iterate
+        x = x.bfloat16()
     if x.ndim > 2:
         x = x.reshape(-1, *x.shape[-2:])
+    is_wide = x.shape[-1] > _WIDE * x.shape[-2]
+    iterate = _iterate_gram if is_wide and precision == "auto" and x.dtype == torch.float32 else _iterate
     x = iterate(x, [table[min(step, len(table) - 1)] for step in range(steps)])
     return (x.mT if tall else x).to(matrices.dtype).reshape(matrices.shape)
 
