@@ -17,7 +17,7 @@ import pytest
 from pisa_dist.benchmark import heterogeneity
 from pisa_dist.benchmark.__main__ import main
 from pisa_dist.benchmark.grid import Plan, Run, Schedule
-from pisa_dist.benchmark.methods import METHODS, Method
+from pisa_dist.benchmark.methods import BEYOND, METHODS, Method, to_try
 from pisa_dist.benchmark.pool import Pool
 from pisa_dist.benchmark.protocols import LOCAL, ONE_STEP, PROTOCOLS, TUNING_SEED, Cell, split_overrides
 from pisa_dist.benchmark.report import write_report
@@ -31,7 +31,7 @@ from pisa_dist.train import compose_config
 pytestmark = pytest.mark.timeout(300)
 
 QUICK = PROTOCOLS["quick"]
-CELL, OTHER = Cell("digits", "label_1", 1.0), Cell("digits", "iid", 0.3)
+CELL, OTHER, THIRD = Cell("digits", "label_1", 1.0), Cell("digits", "iid", 0.3), Cell("digits", "label_2", 0.3)
 TINY = ("data.num_train=200", "model.hidden_sizes=[8]", "rounds=3", "eval_every=2", "local_steps=2", "batch_size=20")
 
 
@@ -72,7 +72,7 @@ def test_tuning_runs_see_no_test_data_and_have_a_seed_that_is_not_scored() -> No
     schedule = Schedule(plan("fedavg", "synchronous_adamw", "pisa"), {})
     runs = drain(schedule, lambda run: 0.5)
     tuning = [run for run in runs if run.phase == "tune"]
-    assert len(tuning) == 6
+    assert len(tuning) == 10  # all as good as each other: of three settings the first, and two beyond it
     for run in tuning:
         assert run.seed == TUNING_SEED
         train, _ = digits()
@@ -99,35 +99,85 @@ def test_cells_come_one_after_the_other_and_in_a_cell_tuning_comes_first() -> No
     runs = drain(Schedule(plan("fedavg", "pisa", "mifa", cells=(CELL, OTHER)), {}), lambda run: 0.5)
     order = [(run.cell, run.phase) for run in runs]
     assert list(dict.fromkeys(order)) == [(CELL, "tune"), (CELL, "score"), (OTHER, "tune"), (OTHER, "score")]
-    assert Counter(order) == dict.fromkeys(order, 6)
+    assert Counter(order) == {(cell, phase): {"tune": 10, "score": 6}[phase] for cell, phase in order}
 
 
 def test_while_the_last_tuning_run_is_under_way_the_next_cell_begins() -> None:
     schedule = Schedule(plan("fedavg", cells=(CELL, OTHER)), {})
     first = [schedule.next_run() for _ in range(4)]
     assert [run.cell for run in first if run] == [CELL, CELL, CELL, OTHER]
-    for run in first[:3]:
+    for run, accuracy in zip(first[:3], (0.5, 0.6, 0.5), strict=True):
         assert run is not None
-        schedule.finished(run, {"last_accuracy": 0.5})
+        schedule.finished(run, {"last_accuracy": accuracy})
     following = schedule.next_run()
     assert following is not None
     assert (following.cell, following.phase) == (CELL, "score")
 
 
 def test_the_scored_setting_is_the_best_in_tuning_and_a_failed_one_counts_as_nothing() -> None:
-    accuracies = dict(zip(METHODS["fedavg"].settings_for(QUICK, "digits"), (None, 0.3, 0.2), strict=True))
+    first = METHODS["fedavg"].settings_for(QUICK, "digits")[BEYOND:-BEYOND]
+    accuracies = dict(zip(first, (None, 0.3, 0.2), strict=True))
     runs = drain(Schedule(plan("fedavg"), {}), lambda run: accuracies[run.setting])
-    assert {run.setting for run in runs if run.phase == "score"} == {list(accuracies)[1]}
+    assert {run.setting for run in runs if run.phase == "tune"} == set(first)
+    assert {run.setting for run in runs if run.phase == "score"} == {first[1]}
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "tried", "chosen"),
+    [
+        ((9, 9, 1, 2, 3, 4, 9), (2, 3, 4, 5, 6), 6),
+        ((9, 9, 1, 2, 3, 2, 9), (2, 3, 4, 5), 4),
+        ((9, 1, 3, 2, 1, 9, 9), (2, 3, 4, 1), 2),
+        ((9, 9, 1, 2, 1, 9, 9), (2, 3, 4), 3),
+        ((1, 1, 1, 1, 1, 1, 1), (2, 3, 4, 1, 0), 0),  # of equals the first
+    ],
+)
+def test_while_the_best_setting_is_at_an_end_tuning_goes_on_beyond_it(
+    accuracies: tuple[int, ...], tried: tuple[int, ...], chosen: int
+) -> None:
+    settings = METHODS["mifa"].settings_for(QUICK, "digits")
+    values = dict(zip(settings, accuracies, strict=True))
+    runs = drain(Schedule(plan("mifa"), {}), lambda run: values[run.setting] / 10)
+    assert [settings.index(run.setting) for run in runs if run.phase == "tune"] == list(tried)
+    assert {run.setting for run in runs if run.phase == "score"} == {settings[chosen]}
+    assert to_try(settings, {settings[place]: values[settings[place]] for place in tried}) == []
+
+
+def test_what_was_scored_before_tuning_went_on_to_a_better_setting_does_not_count() -> None:
+    settings = METHODS["mifa"].settings_for(QUICK, "digits")
+    lines = [
+        record(CELL, "mifa", TUNING_SEED, place / 10, phase="tune", setting=list(settings[place]))
+        for place in (2, 3, 4, 5)
+    ]
+    lines += [record(CELL, "mifa", 0, 0.9, setting=list(settings[4])), record(CELL, "pisa", 0, 0.5)]
+    assert list(collect(lines, QUICK)[CELL]) == ["pisa"]
+    lines.append(record(CELL, "mifa", 0, 0.7, setting=list(settings[5])))
+    assert collect(lines, QUICK)[CELL]["mifa"].value == 0.7
+
+
+def test_a_grid_that_is_gone_on_with_tunes_on_from_the_results_that_are_there() -> None:
+    def worse(run: Run) -> float:
+        return -float(run.setting[0].partition("=")[2])
+
+    before = drain(Schedule(plan("fedavg"), {}), worse)
+    kept = {run.key: {"last_accuracy": worse(run)} for run in before if run.phase == "tune"}
+    left = drain_rest(Schedule(plan("fedavg"), kept))
+    assert [(run.phase, run.seed) for run in left] == [("score", 0), ("score", 1)]
+
+
+def drain_rest(schedule: Schedule) -> list[Run]:
+    runs = []
+    while (run := schedule.next_run()) is not None:
+        runs.append(run)
+    return runs
 
 
 def test_runs_that_are_done_are_not_handed_out_again() -> None:
     before = drain(Schedule(plan("fedavg", "pisa"), {}), lambda run: 0.5)
     kept = {run.key: {"last_accuracy": 0.5} for run in before if run.seed != 1}
     again = Schedule(plan("fedavg", "pisa"), kept)
-    assert again.num_done == len(kept) == 5
-    left = []
-    while (run := again.next_run()) is not None:
-        left.append(run)
+    assert again.num_done == len(kept) == 7
+    left = drain_rest(again)
     assert [(run.method, run.phase, run.seed) for run in left] == [("fedavg", "score", 1), ("pisa", "score", 1)]
 
 
@@ -137,12 +187,12 @@ def test_every_method_composes_in_every_setting_and_is_tuned_over_three_or_not_a
     for name, method in METHODS.items():
         for dataset in ("digits", "cifar10"):
             settings = method.settings_for(protocol, dataset)
-            assert len(settings) == (1 if name in ("pisa", "pisa_constant") else 3)
+            assert len(settings) == (1 if name in ("pisa", "pisa_constant") else 3 + 2 * BEYOND)
             assert len(set(settings)) == len(settings)
-        for phase in ("tune", "score"):
-            compose_config(
-                whole.run(CELL, name, METHODS[name].settings_for(protocol, "digits")[-1], 0, phase).overrides
-            )
+            numbers = [float(part.partition("=")[2]) for setting in settings for part in setting[:1]]
+            assert numbers == sorted(numbers)
+        for setting in METHODS[name].settings_for(protocol, "digits"):
+            compose_config(whole.run(CELL, name, setting, 0, "tune").overrides)
 
 
 def test_the_protocols_have_the_steps_that_they_say() -> None:
@@ -388,7 +438,7 @@ def records() -> list[dict[str, Any]]:
 
 
 def test_the_summary_is_what_one_computes_by_hand(records: list[dict[str, Any]]) -> None:
-    scores = collect(records)
+    scores = collect(records, QUICK)
     # A failed run counts as 0, so that failing on a hard seed does not pay.
     assert regrets(scores[CELL]) == pytest.approx({"pisa": 0.09, "pisa_tuned": 0.0, "fedavg": 0.38, "mifa": 0.60})
     assert best_rival(scores[CELL], "pisa") == "fedavg"  # not pisa_tuned, which is of its own family
@@ -419,11 +469,12 @@ def test_a_choice_at_the_end_of_its_range_is_counted() -> None:
     settings = METHODS["mifa"].settings_for(QUICK, "digits")
     lines = [
         record(cell, "mifa", TUNING_SEED, accuracy, phase="tune", setting=list(setting))
-        for cell, accuracies in ((CELL, (0.1, 0.3, 0.2)), (OTHER, (0.3, None, 0.3)))
-        for setting, accuracy in zip(settings, accuracies, strict=True)
+        for cell, start, accuracies in ((CELL, 2, (0.1, 0.3, 0.2)), (OTHER, 0, (0.4, 0.3, 0.3, None, 0.3)))
+        for setting, accuracy in zip(settings[start:], accuracies, strict=False)
     ]
-    (tuning,) = tunings(lines, QUICK)
-    assert tuning.chosen == dict(zip(settings, (1, 1, 0), strict=True))  # the first of equals
+    unfinished = [record(THIRD, "mifa", TUNING_SEED, 0.5, phase="tune", setting=list(settings[2]))]
+    (tuning,) = tunings(lines + unfinished, QUICK)
+    assert tuning.chosen == {settings[0]: 1, settings[3]: 1}
     assert (tuning.num_cells, tuning.num_at_end) == (2, 1)
 
 

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pisa_dist.benchmark.methods import METHODS, Setting
+from pisa_dist.benchmark.methods import METHODS, Setting, best, to_try
 from pisa_dist.benchmark.protocols import TUNING_SEED, VALIDATION_FRACTION, Cell, Protocol
 from pisa_dist.benchmark.results import SCORE, TUNE, Key, Record, key_of
 
@@ -101,7 +101,7 @@ class Schedule:
 
     @property
     def total(self) -> int:
-        """Number of runs, those that are done included."""
+        """Number of runs, those that are done included; grows where tuning goes on beyond its first settings."""
         return sum(entry.total for entries in self._entries.values() for entry in entries.values())
 
     def next_run(self) -> Run | None:
@@ -122,13 +122,12 @@ class Schedule:
             self._skip(entry)
 
     def _skip(self, entry: "_Entry") -> None:
-        """Take the results that are there already; those of tuning may bring scored runs into the queue."""
-        for phase in (TUNE, SCORE):
-            known = [run for run in entry.queues[phase] if run.key in self._done]
+        """Take the results that are there already; those of tuning may bring further runs into the queues."""
+        while known := [run for queue in entry.queues.values() for run in queue if run.key in self._done]:
             for run in known:
-                entry.queues[phase].remove(run)
+                entry.queues[run.phase].remove(run)
                 self.num_done += 1
-                if phase == TUNE:
+                if run.phase == TUNE:
                     entry.take(run.setting, self._done[run.key])
 
 
@@ -138,21 +137,30 @@ class _Entry:
     def __init__(self, plan: Plan, cell: Cell, method: str) -> None:
         self.plan, self.cell, self.method = plan, cell, method
         self.settings = METHODS[method].settings_for(plan.protocol, cell.dataset)
-        self.tuned: dict[Setting, float] = {}
-        tuning = self.settings if len(self.settings) > 1 else []
-        self.total = len(tuning) + len(plan.seeds)
-        self.queues: dict[str, deque[Run]] = {
-            TUNE: deque(plan.run(cell, method, setting, TUNING_SEED, TUNE) for setting in tuning),
-            SCORE: deque(),
-        }
-        if not tuning:
+        self.total = len(plan.seeds)
+        self.queues: dict[str, deque[Run]] = {TUNE: deque(), SCORE: deque()}
+        self._accuracies: dict[Setting, float] = {}
+        self._num_asked = 0
+        if len(self.settings) > 1:
+            self._try(to_try(self.settings, {}))
+        else:
             self._score(self.settings[0])
 
     def take(self, setting: Setting, record: Record) -> None:
-        """A tuning result; a run that failed counts as accuracy 0. The first of equals is chosen."""
-        self.tuned[setting] = record["last_accuracy"] or 0.0
-        if len(self.tuned) == len(self.settings):
-            self._score(max(self.settings, key=lambda setting: self.tuned[setting]))
+        """A tuning result; a run that failed counts as accuracy 0."""
+        self._accuracies[setting] = record["last_accuracy"] or 0.0
+        if len(self._accuracies) < self._num_asked:
+            return
+        if further := to_try(self.settings, self._accuracies):
+            self._try(further)
+        else:
+            self._score(best(self.settings, self._accuracies))
+
+    def _try(self, settings: Sequence[Setting]) -> None:
+        runs = (self.plan.run(self.cell, self.method, setting, TUNING_SEED, TUNE) for setting in settings)
+        self.queues[TUNE].extend(runs)
+        self._num_asked += len(settings)
+        self.total += len(settings)
 
     def _score(self, setting: Setting) -> None:
         runs = (self.plan.run(self.cell, self.method, setting, seed, SCORE) for seed in self.plan.seeds)

@@ -36,7 +36,7 @@ FAILED: dict[str, Any] = {
 def make_plan(
     protocol: Protocol, cells: Sequence[Cell], methods: Sequence[str], num_seeds: int, extra: Sequence[str]
 ) -> Plan:
-    """The plan, with everything checked that can be before training: overrides, data, splits, every setting.
+    """The plan, with everything checked that can be before training: overrides, data, splits, methods.
 
     Raises:
         ValueError, OSError: one line.
@@ -56,8 +56,8 @@ def make_plan(
     first = {cell.dataset: cell for cell in reversed(cells)}
     for method in methods:
         for cell in first.values():
-            for setting in METHODS[method].settings_for(protocol, cell.dataset):
-                compose_config(plan.run(cell, method, setting, 0, SCORE).overrides)
+            settings = METHODS[method].settings_for(protocol, cell.dataset)
+            compose_config(plan.run(cell, method, settings[0], 0, SCORE).overrides)
     return plan
 
 
@@ -85,7 +85,7 @@ def run_grid(plan: Plan, results: Results, num_processes: int) -> tuple[int, int
                 results.append(record)
                 schedule.finished(run, record)
                 num_failed += record["status"] != "ok"
-                display.show(run, record)
+                display.show(run, record, schedule.total)
 
 
 class _Task(tuple[str, ...]):
@@ -136,9 +136,10 @@ class Display:
         if self._bar is not None:
             self._bar.stop()
 
-    def show(self, run: Run, record: Record) -> None:
-        """A run has ended."""
+    def show(self, run: Run, record: Record, total: int) -> None:
+        """A run has ended, one of `total`, which may have grown."""
         self.num_done += 1
+        self.total = total
         accuracy = record["last_accuracy"]
         result = f"{100 * accuracy:5.1f} %" if accuracy is not None else f"failed: {record['error']}"
         what = f"{run.cell}, {run.method}, {run.phase} seed {run.seed}"
@@ -146,7 +147,7 @@ class Display:
             width = len(str(self.total))
             print(f"{self.num_done:>{width}}/{self.total}  {result}  {record['seconds']:5.1f} s  {what}", flush=True)
             return
-        self._bar.update(self._bar.task_ids[0], completed=self.num_done, state=str(run.cell))
+        self._bar.update(self._bar.task_ids[0], completed=self.num_done, total=total, state=str(run.cell))
         if accuracy is None:
             self._bar.console.print(f"{what}: {result}", markup=False, highlight=False)
 

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from pisa_dist.benchmark.methods import label
+from pisa_dist.benchmark.methods import BEYOND, label
 from pisa_dist.benchmark.plots import draw, file_name
 from pisa_dist.benchmark.protocols import PROTOCOLS, TUNING_SEED, VALIDATION_FRACTION, Protocol
 from pisa_dist.benchmark.results import Record
@@ -63,8 +63,8 @@ def write_report(folder: Path, records: Sequence[Record], grid: Mapping[str, Any
     Raises:
         OSError: a file cannot be written.
     """
-    scores = collect(records)
     protocol = PROTOCOLS.get(str(grid.get("protocol")))
+    scores = collect(records, protocol)
     tables = _tables(records, scores, protocol)
     facts = _facts(records, scores, grid, protocol)
     pictures = draw(scores) if scores else {}
@@ -89,7 +89,8 @@ def _facts(records: Sequence[Record], scores: Scores, grid: Mapping[str, Any], p
         f"{len(scores)} cell{'s' * (len(scores) != 1)}, scored seeds {', '.join(map(str, seeds))}. "
         "A method with several settings was tuned in "
         f"each cell on seed {TUNING_SEED}, with {VALIDATION_FRACTION:.0%} of its training samples held out; tuning "
-        "does not see the test set. All methods that are tuned try the same number of settings.",
+        "does not see the test set. Every method that is tuned tries three settings and, while the best of them is at "
+        f"an end, the next one beyond it, at most {BEYOND} more.",
         f"{len(records)} runs, {failed} failed, {hours:.1f} hours of one core; commit {', '.join(commits)}.",
     ]
     if grid.get("set"):
@@ -163,7 +164,7 @@ def _accuracy_table(scores: Scores, title: str, key: str) -> Table:
 
 
 def _tuning_table(records: Sequence[Record], protocol: Protocol) -> Table:
-    note = "In how many cells tuning chose each setting. Many choices at an end mean that the range may be too narrow."
+    note = "In how many cells tuning chose each setting, and in how many it was the first or last one that was tried."
     table = Table("Chosen settings", ("method", "setting: cells", "at an end"), note=note, num_text_columns=2)
     for tuning in tunings(records, protocol):
         chosen = ";  ".join(

@@ -1,12 +1,13 @@
 """What the runs of a grid say: means with intervals, regrets, and who is at least as good as the best of the others."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from pisa_dist.benchmark.methods import METHODS, Setting, is_ours
+from pisa_dist.benchmark.methods import METHODS, Setting, best, is_ours, to_try
 from pisa_dist.benchmark.protocols import Cell, Protocol
 from pisa_dist.benchmark.results import SCORE, TUNE, Record
 
@@ -73,11 +74,19 @@ def cell_of(record: Record) -> Cell:
     return Cell(record["dataset"], record["split"], record["participation"])
 
 
-def collect(records: Sequence[Record]) -> Scores:
-    """The scored runs by cell, in the order of the first run of each, and by method, in the order of the table."""
+def collect(records: Sequence[Record], protocol: Protocol | None) -> Scores:
+    """The scored runs by cell, in the order of the first run of each, and by method, in the order of the table.
+
+    Of a method that is tuned, only those at the setting that tuning chose: what was scored before tuning went on to a
+    better one stays in the file and does not count. Without a protocol all scored runs count.
+    """
+    chosen = choices(records, protocol) if protocol else {}
     scores: Scores = {}
     for record in records:
         if record["phase"] == SCORE:
+            choice = chosen.get((cell_of(record), record["method"]))
+            if choice is not None and choice.setting != tuple(record["setting"]):
+                continue
             score = scores.setdefault(cell_of(record), {}).setdefault(record["method"], Score())
             score.records[record["seed"]] = record
     order = {name: place for place, name in enumerate(METHODS)}
@@ -179,9 +188,35 @@ def _standing(scores: Scores, name: str) -> Standing:
     )
 
 
+class Choice(NamedTuple):
+    """The best setting of a method in a cell so far, whether tuning is over there, and whether it ends a range."""
+
+    setting: Setting
+    is_final: bool
+    is_at_end: bool
+
+
+def choices(records: Sequence[Record], protocol: Protocol) -> dict[tuple[Cell, str], Choice]:
+    """What tuning chose, by cell and method; a run that failed counts as accuracy 0."""
+    tried: dict[tuple[Cell, str], dict[Setting, float]] = {}
+    for record in records:
+        if record["phase"] == TUNE and record["method"] in METHODS:
+            accuracies = tried.setdefault((cell_of(record), record["method"]), {})
+            accuracies[tuple(record["setting"])] = record["last_accuracy"] or 0.0
+    found = {}
+    for (cell, method), accuracies in tried.items():
+        settings = METHODS[method].settings_for(protocol, cell.dataset)
+        known = [setting for setting in settings if setting in accuracies]
+        if known:
+            winner = best(settings, accuracies)
+            at_end = winner in (known[0], known[-1])
+            found[cell, method] = Choice(winner, not to_try(settings, accuracies), at_end)
+    return found
+
+
 @dataclass(frozen=True)
 class Tuning:
-    """How often each setting of a method was chosen, and in how many cells that was the first or last of its list."""
+    """How often each setting of a method was chosen, and in how many cells that was the first or last one tried."""
 
     method: str
     chosen: dict[Setting, int]
@@ -190,23 +225,14 @@ class Tuning:
 
 
 def tunings(records: Sequence[Record], protocol: Protocol) -> list[Tuning]:
-    """What tuning chose, by method; cells in which a setting is still missing are left out."""
-    tried: dict[str, dict[Cell, dict[Setting, float]]] = {}
-    for record in records:
-        if record["phase"] == TUNE and record["method"] in METHODS:
-            cells = tried.setdefault(record["method"], {})
-            cells.setdefault(cell_of(record), {})[tuple(record["setting"])] = record["last_accuracy"] or 0.0
+    """What tuning chose, by method; cells in which it is not over are left out."""
+    over = {key: choice for key, choice in choices(records, protocol).items() if choice.is_final}
     found = []
-    for method in [name for name in METHODS if name in tried]:
-        chosen: dict[Setting, int] = {}
-        num_cells, num_at_end = 0, 0
-        for cell, accuracy in tried[method].items():
-            settings = METHODS[method].settings_for(protocol, cell.dataset)
-            if set(settings) <= set(accuracy):
-                winner = max(settings, key=lambda setting: accuracy[setting])
-                chosen = {**dict.fromkeys(settings, 0), **chosen}
-                chosen[winner] += 1
-                num_cells += 1
-                num_at_end += winner in (settings[0], settings[-1])
-        found.append(Tuning(method, chosen, num_cells, num_at_end))
+    for method in METHODS:
+        own = {cell: choice for (cell, name), choice in over.items() if name == method}
+        order = [setting for cell in own for setting in METHODS[method].settings_for(protocol, cell.dataset)]
+        counts = Counter(choice.setting for choice in own.values())
+        chosen = {setting: counts[setting] for setting in dict.fromkeys(order) if counts[setting]}
+        if own:
+            found.append(Tuning(method, chosen, len(own), sum(choice.is_at_end for choice in own.values())))
     return found
