@@ -2,16 +2,20 @@
 
 import hashlib
 import os
+import platform
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
+
+Found = TypeVar("Found")
 
 _SECONDS_FOR_AN_ANSWER = timedelta(seconds=2)
 
@@ -78,8 +82,12 @@ def _from_environment(name: str, default: int | None, *, low: int = 0, high: int
 def process_group(device: torch.device, *, timeout: timedelta = timedelta(minutes=10)) -> Iterator[None]:
     """Join the process group that torchrun or srun launched; do nothing alone or where one exists already.
 
+    Objects and the ranks' errors travel by gloo; tensors of a CUDA device, which becomes this process's current one,
+    by NCCL.
+
     Raises:
         ConnectionError: the ranks did not come together within `timeout`.
+        ValueError: two ranks have the same CUDA device.
     """
     rank, num_ranks, _ = launched_ranks()
     if num_ranks == 1 or dist.is_initialized():
@@ -89,7 +97,10 @@ def process_group(device: torch.device, *, timeout: timedelta = timedelta(minute
     # One port per job, so that two on one node do not meet, below those that systems give to outgoing connections.
     os.environ.setdefault("MASTER_PORT", str(15000 + _from_environment("SLURM_JOB_ID", 0) % 15000))
     _from_environment("MASTER_PORT", None, low=1, high=65535)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
     try:
         store = _store_of_this_attempt(rank, num_ranks, timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
@@ -100,9 +111,31 @@ def process_group(device: torch.device, *, timeout: timedelta = timedelta(minute
             f"{timeout.total_seconds():g}): {str(error).strip().splitlines()[0]}"
         ) from error
     try:
+        if device.type == "cuda":
+            places: list[str] = [""] * num_ranks
+            name = str(torch.cuda.get_device_properties(device).uuid)
+            dist.all_gather_object(places, f"{name} of {platform.node()}")
+            require_own_devices(places)
         yield
     finally:
         dist.destroy_process_group()
+
+
+def require_own_devices(places: Sequence[str]) -> None:
+    """Refuse two ranks on one CUDA device, which NCCL cannot serve; many workers on one rank share it well.
+
+    Args:
+        places: the device of each rank, named so that no two devices have one name.
+
+    Raises:
+        ValueError: names the first two ranks that share one.
+    """
+    for rank, place in enumerate(places):
+        if place in places[:rank]:
+            raise ValueError(
+                f"ranks {places.index(place)} and {rank} share the CUDA device {place}: start one process for each "
+                "device, which may host many workers, or use device=cpu"
+            )
 
 
 def _store_of_this_attempt(rank: int, num_ranks: int, timeout: timedelta) -> TCPStore | None:
@@ -128,6 +161,51 @@ def _store_of_this_attempt(rank: int, num_ranks: int, timeout: timedelta) -> TCP
         else:
             own.set_timeout(timeout)
             return own
+
+
+def on_every_rank(find: Callable[[], Found]) -> Found:
+    """What this rank finds, once every rank of the default group has found its own.
+
+    Raises:
+        ValueError: one of them met a ValueError or OSError: on every rank alike, so that none is left waiting. Names
+            the rank unless all met the same.
+    """
+    found: Found | None = None
+    error: str | None = None
+    try:
+        found = find()
+    except (ValueError, OSError) as failure:
+        if not dist.is_initialized():
+            raise
+        error = str(failure)
+    if dist.is_initialized():
+        errors: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        rank = next((rank for rank, met in enumerate(errors) if met is not None), None)
+        if rank is not None:
+            raise ValueError(errors[rank] if len(set(errors)) == 1 else f"rank {rank}: {errors[rank]}")
+    return cast(Found, found)
+
+
+def on_first_rank(find: Callable[[], Found]) -> Found:
+    """What rank 0 finds, on every rank of the default group.
+
+    Raises:
+        ValueError: rank 0 met a ValueError or OSError: on every rank alike, so that none is left waiting.
+    """
+    if not dist.is_initialized():
+        return find()
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = find()
+        except (ValueError, OSError) as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise ValueError(answer[1])
+    found: Found = answer[0]
+    return found
 
 
 def require_same(description: Sequence[str], *, group: dist.ProcessGroup | None, device: torch.device) -> None:

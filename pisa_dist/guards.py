@@ -131,6 +131,10 @@ class ResidualWatch:
         return " or ".join(options) or "take smaller steps"
 
 
+class RankError(RuntimeError):
+    """One rank of several, as far as it knows alone, cannot go on in the middle of a run: wrong data, a wrong model."""
+
+
 class OutOfMemory(RuntimeError):  # noqa: N818 - reads as what happened, like torch.OutOfMemoryError without its suffix
     """Memory ran out in a round; one line that says what takes it and which settings take less."""
 

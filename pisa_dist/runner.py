@@ -6,10 +6,9 @@ from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from pisa_dist import checkpoint
 from pisa_dist.consensus import Consensus, make_consensus
@@ -19,7 +18,8 @@ from pisa_dist.data.noise import add_feature_noise
 from pisa_dist.data.sampling import hosted_workers
 from pisa_dist.data.skew import class_counts, skew_measures
 from pisa_dist.data.splits import SPLITS
-from pisa_dist.distributed import launched_ranks, require_same, select_device
+from pisa_dist.distributed import launched_ranks, on_every_rank, on_first_rank, require_same, select_device
+from pisa_dist.guards import RankError
 from pisa_dist.models import build_model
 from pisa_dist.preemption import Preempted, StopRequest
 from pisa_dist.progress import Progress
@@ -40,7 +40,6 @@ from pisa_dist.tracking import NoTracker, Tracker, make_tracker
 from pisa_dist.trainer import Trainer
 
 Parts = list[list[int]]
-Found = TypeVar("Found")
 
 
 def run(config: Config, resolved: Mapping[str, Any]) -> Path:
@@ -54,7 +53,8 @@ def run(config: Config, resolved: Mapping[str, Any]) -> Path:
         The run directory.
 
     Raises:
-        ValueError, FileNotFoundError: data, split, model or checkpoint do not fit; one line each.
+        ValueError, FileNotFoundError: data, split, model, checkpoint or tracker do not fit; one line, on all ranks.
+        RankError: this rank of several met a ValueError while it trained.
         FloatingPointError: a non-finite gradient, with on_nonfinite=raise.
         ConsensusError: another rank has stopped.
         OutOfMemory: a round needs more than the device has; says what takes it.
@@ -64,11 +64,11 @@ def run(config: Config, resolved: Mapping[str, Any]) -> Path:
     with ExitStack() as stack:
         stop = StopRequest(config.max_seconds)
         stack.enter_context(stop.listening())
-        files = RunDirectory(_from_first_rank(consensus, lambda: _claim_directory(config, stack)))
-        data = load_data(config)
-        source = _from_first_rank(consensus, lambda: _source(config, files.path))
-        before = checkpoint.read_contents(source)["num_workers"] if source is not None else None
-        parts = split_data(config, data.train, before)
+        files = RunDirectory(on_first_rank(lambda: _claim_directory(config, stack)))
+        data = on_every_rank(lambda: load_data(config))
+        source = on_first_rank(lambda: _source(config, files.path))
+        before = on_every_rank(lambda: None if source is None else checkpoint.read_contents(source)["num_workers"])
+        parts = on_every_rank(lambda: split_data(config, data.train, before))
         trainer = _make_trainer(config, data, parts, consensus)
         trainer.stop_requested = stop
         if source is not None:
@@ -83,17 +83,21 @@ def run(config: Config, resolved: Mapping[str, Any]) -> Path:
                 print(
                     f"vectorize=true: one worker after the other all the same: {trainer.choice.reason}", file=sys.stderr
                 )
-        _train(config, trainer, files, resolved, num_train=len(data.train))
+        trackers: list[Tracker] = []
+        on_first_rank(lambda: trackers.append(_make_tracker(config, files.path, resolved)))
+        try:
+            _train(config, trainer, files, *(trackers or [NoTracker()]), num_train=len(data.train))
+        except ValueError as error:
+            if consensus.num_ranks > 1:
+                raise RankError(str(error)) from error
+            raise
     return files.path
 
 
-def _train(
-    config: Config, trainer: Trainer, files: RunDirectory, resolved: Mapping[str, Any], *, num_train: int
-) -> None:
+def _train(config: Config, trainer: Trainer, files: RunDirectory, tracker: Tracker, *, num_train: int) -> None:
     is_first = trainer.consensus.rank == 0
     every, number = config.checkpoint.every, trainer.state.round_number
     is_stopped = False
-    tracker = _make_tracker(config, files.path, resolved) if is_first else NoTracker()
     checkpointer = checkpoint.Checkpointer(
         files.path / "checkpoints",
         keep_last=config.checkpoint.keep_last,
@@ -196,22 +200,6 @@ def _placed(dataset: Dataset, *, dtype: torch.dtype | None = None, device: torch
     return Dataset(inputs, dataset.targets.to(device), dataset.num_classes)
 
 
-def _from_first_rank(consensus: Consensus, find: Callable[[], Found]) -> Found:
-    """What rank 0 finds, on every rank; its error too, as a ValueError, so that no rank is left waiting."""
-    answer: list[Any] = [None, None]
-    if consensus.rank == 0:
-        try:
-            answer[0] = find()
-        except (ValueError, OSError) as error:
-            answer[1] = str(error)
-    if consensus.num_ranks > 1:
-        dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise ValueError(answer[1])
-    found: Found = answer[0]
-    return found
-
-
 def _claim_directory(config: Config, stack: ExitStack) -> Path:
     """The run directory, made and locked for as long as `stack` is open."""
     name = f"{config.data.name}-{config.split.name}-{config.algorithm.name}"
@@ -255,12 +243,14 @@ def _make_trainer(config: Config, data: TrainTest, parts: Parts, consensus: Cons
         weights = [size / sum(sizes) for size in sizes]
     else:
         weights = [1 / len(sizes)] * len(sizes)
-    model = build_model(
-        config.model._target_,
-        target_arguments(config.model),
-        input_shape=data.train.input_shape,
-        num_classes=data.train.num_classes,
-        seed=config.seed,
+    model = on_every_rank(
+        lambda: build_model(
+            config.model._target_,
+            target_arguments(config.model),
+            input_shape=data.train.input_shape,
+            num_classes=data.train.num_classes,
+            seed=config.seed,
+        )
     ).to(device, DTYPES[config.dtype])
     if consensus.num_ranks > 1:
         description = [f"{n}: {tuple(t.shape)} {t.dtype}" for n, t in model.state_dict().items()]

@@ -21,14 +21,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pisa_dist.consensus import ConsensusError
 from pisa_dist.distributed import launched_ranks, process_group, select_device
-from pisa_dist.guards import OutOfMemory
+from pisa_dist.guards import OutOfMemory, RankError
 from pisa_dist.preemption import REQUEUE_STATUS, Preempted
 from pisa_dist.runner import run
 from pisa_dist.schema import SCHEMAS, Config, as_plain, explain_unknown, to_config, validate
 
 # A file name holds 255 bytes; figures and checkpoints lie in folders of their own.
 LONGEST_JOB_NAME = 200
-SECONDS_FOR_RANK_0 = 20.0
+# torchrun ends all ranks when one ends badly: rank 0 has this long to say why, before and after the ranks have met.
+SECONDS_FOR_RANK_0 = 20.0, 2.0
 
 USER_ERRORS = (
     ValueError,
@@ -36,6 +37,7 @@ USER_ERRORS = (
     FloatingPointError,
     ConsensusError,
     OutOfMemory,
+    RankError,
     HydraException,
     OmegaConfBaseException,
     yaml.YAMLError,
@@ -200,12 +202,13 @@ def _complain(error: BaseException) -> None:
         rank, num_ranks, _ = launched_ranks()
     except ValueError:  # which is then the error
         rank, num_ranks = 0, 1
-    if _is_alike(error) and rank > 0:
-        if not dist.is_initialized():
-            # torchrun ends all ranks when one ends badly: give rank 0 the time to say why.
-            time.sleep(SECONDS_FOR_RANK_0)
+    have_met = dist.is_initialized()
+    if _is_alike(error) and rank > 0 and have_met:
         return
-    prefix = f"rank {rank}: " if num_ranks > 1 and not _is_alike(error) else ""
+    if rank > 0 and (_is_alike(error) or isinstance(error, RankError)):
+        # Most likely all have met it, and this one is ended while it waits; if not, it has something to say.
+        time.sleep(SECONDS_FOR_RANK_0[have_met])
+    prefix = f"rank {rank}: " if num_ranks > 1 and (rank > 0 or not _is_alike(error)) else ""
     sys.stderr.write(f"pisa-train: error: {prefix}{_one_line(error)}\n")
     sys.stderr.flush()
 

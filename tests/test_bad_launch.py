@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from test_bad_config import run_main
-from test_cli import LAUNCHERS_OWN, execute
+from test_cli import LAUNCHERS_OWN, execute, train
 
 from pisa_dist import checkpoint, runner
+from pisa_dist.distributed import require_own_devices
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -427,6 +428,75 @@ def test_a_rank_whose_others_never_come_ends_after_the_timeout(rank: int, tmp_pa
     assert "timeout_seconds is 1" in line
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "new").exists()
+
+
+# What fails on one rank of two -> command line, what the line must hold.
+LONELY = """
+import os
+
+import numpy as np
+import torch
+
+
+def fail(rank):
+    if os.environ["RANK"] == str(rank):
+        raise ValueError("not on this machine")
+
+
+def three_classes():
+    generator = np.random.default_rng(0)
+    inputs, targets = generator.normal(size=(100, 64)), np.arange(100) % 3
+    return (inputs, targets), (inputs, targets)
+
+
+def data(rank):
+    fail(rank)
+    return three_classes()
+
+
+class Model(torch.nn.Linear):
+    def __init__(self, input_shape, num_classes, at_start=-1, in_a_round=-1):
+        super().__init__(64, num_classes)
+        fail(at_start)
+        self.rank = in_a_round
+
+    def forward(self, inputs):
+        if self.training:
+            fail(self.rank)
+        return super().forward(inputs)
+"""
+OWN_CLASSES = "data=custom data._target_=lonely.three_classes"
+FAILS_ALONE: dict[str, tuple[str, ...]] = {
+    "data=custom data._target_=lonely.data +data.rank=1": ("rank 1: ", "not on this machine"),
+    f"{OWN_CLASSES} model=custom model._target_=lonely.Model +model.at_start=1": ("rank 1: ", "not on this machine"),
+    f"{OWN_CLASSES} model=custom model._target_=lonely.Model +model.in_a_round=1": ("rank 1: ", "not on this machine"),
+    f"{OWN_CLASSES} model=custom model._target_=lonely.Model +model.in_a_round=0": ("rank 0: ", "not on this machine"),
+    "tracking=wandb tracking.mode=online": ("`tracking` wandb cannot start", "wandb login"),
+}
+
+
+@pytest.mark.parametrize("command", FAILS_ALONE)
+def test_what_fails_on_one_rank_alone_ends_all_in_one_line_long_before_the_timeout(
+    command: str, tmp_path: Path
+) -> None:
+    if "wandb" in command:
+        pytest.importorskip("wandb")
+    (tmp_path / "lonely.py").write_text(LONELY)
+    environment = {"WANDB_API_KEY": "", "HOME": str(tmp_path), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    arguments = overrides(*command.split(" "), "timeout_seconds=600", "vectorize=false", "run_dir=new")
+    done = train(*arguments, cwd=tmp_path, num_ranks=2, environment=environment)  # in 90 seconds, or it hangs
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("pisa-train: error: ")]
+    own = [line for line in lines if "another rank has stopped" not in line]
+    assert len(own) == 1, done.stderr
+    assert not [part for part in FAILS_ALONE[command] if part not in own[0]], own[0]
+    assert "pisa_dist/" not in done.stderr  # no traceback of ours
+
+
+def test_two_ranks_on_one_cuda_device_are_refused() -> None:
+    require_own_devices(["gpu a of node1", "gpu a of node2", "gpu b of node1"])
+    with pytest.raises(ValueError, match=r"ranks 0 and 2 share the CUDA device gpu a: .* or use device=cpu"):
+        require_own_devices(["gpu a", "gpu b", "gpu a"])
 
 
 def test_there_are_cases_enough_to_mean_something() -> None:
