@@ -21,7 +21,6 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -288,9 +287,7 @@ def load(trainer: Trainer, path: Path, *, resize: str = "refuse") -> None:
         keys = _tensor_keys(path)
         trainer.state = restore(_read(path, wanted_keys(keys, trainer.hosted)), trainer)
         if is_resized:
-            resize_duals(
-                trainer, found, lambda worker, name: _read_alone(path, f"workers/{worker}/{name}/dual"), policy=resize
-            )
+            resize_duals(trainer, found, lambda keys: _read(path, keys, alone=True), policy=resize)
     except _UNREADABLE as error:
         raise OSError(f"checkpoint {path} cannot be read: {_last_line(error)}") from error
 
@@ -315,20 +312,24 @@ def inspect(path: Path) -> str:
 
 
 def _about_duals(path: Path, worker_weight: Sequence[float]) -> list[str]:
-    duals = [key for key in _tensor_keys(path) if key.endswith("/dual")]
-    if not duals:
+    keys = _tensor_keys(path)
+    names = dict.fromkeys(key.split("/")[2] for key in keys if key.startswith("workers/") and key.endswith("/dual"))
+    if not names:
         return []
-    total: dict[str, Tensor] = {}
+    squares = [0.0] * len(worker_weight)
+    square_of_sum = 0.0
+    for name in names:
+        duals = _read(path, [f"workers/{worker}/{name}/dual" for worker in range(len(squares))], alone=True)
+        stacked = torch.stack(list(duals.values())).double().flatten(1)
+        squares = [total + own for total, own in zip(squares, stacked.square().sum(1).tolist(), strict=True)]
+        weights = torch.tensor(worker_weight, dtype=torch.float64)
+        square_of_sum += float((weights @ stacked).square().sum())
     lines = ["worker  weight   norm of its dual"]
-    for worker, weight in enumerate(worker_weight):
-        square = 0.0
-        for key in (key for key in duals if key.startswith(f"workers/{worker}/")):
-            dual = _read_alone(path, key).double()
-            square += float(dual.square().sum())
-            name = key.split("/")[2]
-            total[name] = total.get(name, torch.zeros_like(dual)) + weight * dual
-        lines.append(f"{worker:6}  {weight:6.4f}   {square**0.5:.6g}")
-    norm = sum(float(t.square().sum()) for t in total.values()) ** 0.5
+    lines += [
+        f"{worker:6}  {weight:6.4f}   {square**0.5:.6g}"
+        for worker, (weight, square) in enumerate(zip(worker_weight, squares, strict=True))
+    ]
+    norm = square_of_sum**0.5
     return [*lines, f"norm of sum_i alpha_i pi_i: {norm:.6g} (0 at a fixed point without consensus_l2)"]
 
 
@@ -358,17 +359,15 @@ def _tensor_keys(path: Path) -> list[str]:
 def _read(path: Path, keys: Sequence[str], *, alone: bool = False) -> Flat:
     """Some tensors of a checkpoint; unless `alone`, a collective over the ranks, each with keys of its own."""
     reader = FileSystemReader(path)
+    entries = reader.read_metadata().state_dict_metadata
     flat: Flat = {}
-    for key, entry in reader.read_metadata().state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata) and key in keys:
+    for key in keys:
+        entry = entries[key]
+        if isinstance(entry, TensorStorageMetadata):
             flat[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
     with _single_process_allowed():
         load_distributed(dict(flat), storage_reader=reader, no_dist=alone)
     return flat
-
-
-def _read_alone(path: Path, key: str) -> Tensor:
-    return _read(path, [key], alone=True)[key]
 
 
 def _last_line(error: BaseException) -> str:

@@ -218,36 +218,48 @@ def restore(flat: Mapping[str, Tensor], trainer: Trainer) -> TrainingState:
 
 
 def resize_duals(
-    trainer: Trainer, found: Mapping[str, Any], read_dual: Callable[[int, str], Tensor], *, policy: str
+    trainer: Trainer, found: Mapping[str, Any], read: Callable[[Sequence[str]], Mapping[str, Tensor]], *, policy: str
 ) -> None:
-    """Give the duals a sum that fits another number of workers.
+    """Give the duals a mean that fits another number of workers.
 
     The fixed point of ADMM is exact from any duals: at it pi_i = -grad F_i(w) for the workers that there are. What a
-    change of workers must not do is kick the weights, which move by sum_i alpha_i pi_i. Therefore
-        resplit: the sum stays. New workers start at the old sum Pi = sum_i alpha_i pi_i; all are then shifted by what
-            is missing, so that duals of removed workers go on standing for data that the others now hold.
+    change of workers must not do is kick the weights, which move by Pi, the mean of the duals by alpha. Therefore
+        resplit: Pi stays. New workers start at Pi; all are then shifted by what is missing, so that duals of removed
+            workers go on standing for data that the others now hold. Where a method averages over the workers seen so
+            far, a new one is not seen, and its dual counts once it has taken part.
         drop: removed workers' data are gone and so are their duals; the others' stay as they are.
 
     Args:
         trainer: with the state that `restore` gave it.
         found: the checkpoint's contents.
-        read_dual: (old worker, parameter name) -> its dual in the checkpoint.
+        read: keys of the checkpoint -> its tensors.
         policy: "resplit" or "drop".
     """
     if policy == "drop":
         return
     old_weight, new_weight = found["worker_weight"], trainer.worker_weight
+    old_workers, seen_key = range(len(old_weight)), trainer.algorithm.dual_counts_if
     num_kept = min(len(old_weight), len(new_weight))
+    counts = [True] * len(old_weight)
+    if seen_key is not None:
+        steps = read([f"workers/{worker}/{seen_key}" for worker in old_workers])
+        counts = [bool(steps[f"workers/{worker}/{seen_key}"] > 0) for worker in old_workers]
     for name, kinds in trainer.state.workers.items():
         if "dual" not in kinds:
             continue
         dual = kinds["dual"]
-        old_sum, kept_sum = torch.zeros_like(dual[0]), torch.zeros_like(dual[0])
-        for worker, weight in enumerate(old_weight):
-            value = read_dual(worker, name).to(dual)
-            old_sum += weight * value
-            if worker < num_kept:
-                kept_sum += new_weight[worker] * value
-        missing = old_sum - kept_sum - sum(new_weight[num_kept:]) * old_sum
+        old = read([f"workers/{worker}/{name}/dual" for worker in old_workers])
+        values = [old[f"workers/{worker}/{name}/dual"].to(dual) for worker in old_workers]
+        mean = _weighted_mean([(old_weight[i], values[i]) for i in old_workers if counts[i]], like=dual[0])
+        carriers = {worker: values[worker] for worker in range(num_kept) if counts[worker]}
+        if seen_key is None:
+            carriers |= dict.fromkeys(range(num_kept, len(new_weight)), mean)
+        shift = mean - _weighted_mean([(new_weight[i], value) for i, value in carriers.items()], like=mean)
         for row, worker in enumerate(trainer.hosted):
-            dual[row] = (dual[row] if worker < num_kept else old_sum) + missing
+            dual[row] = carriers[worker] + shift if worker in carriers else 0.0
+
+
+def _weighted_mean(weighted: Sequence[tuple[float, Tensor]], *, like: Tensor) -> Tensor:
+    """Zero of nothing."""
+    total = sum((weight * value for weight, value in weighted), torch.zeros_like(like))
+    return total / max(sum(weight for weight, _ in weighted), torch.finfo(like.dtype).tiny)

@@ -218,6 +218,36 @@ def test_another_number_of_workers_keeps_the_sum_of_the_duals_or_drops_the_remov
     assert after.state.round_number == 8
 
 
+@pytest.mark.parametrize("num_after", [3, 8])
+@pytest.mark.parametrize("name", ["pisa_local", "pisa_auto"])
+def test_where_duals_are_averaged_over_the_workers_seen_another_number_of_workers_keeps_their_mean(
+    name, num_after, tmp_path
+):
+    def trainer_of(num_workers, model):
+        settings = ALGORITHMS[name]()
+        return make_trainer(
+            settings, num_workers=num_workers, rounds=2, participation=0.5, local_steps=2, model=model, batch_size=2
+        )
+
+    def mean_of_seen(trainer):
+        seen = trainer.state.num_participations > 0
+        weight = torch.tensor(trainer.worker_weight, dtype=torch.float64) * seen
+        duals = {n: kinds["dual"] for n, kinds in trainer.state.workers.items() if "dual" in kinds}
+        return {n: torch.tensordot(weight, dual.double(), dims=1) / weight.sum() for n, dual in duals.items()}, seen
+
+    before = trainer_of(5, small_net())
+    before.run_round()
+    path = save(before, tmp_path)
+    after = trainer_of(num_after, small_net())
+    checkpoint.load(after, path, resize="resplit")
+    expected, _ = mean_of_seen(before)
+    found, seen = mean_of_seen(after)
+    assert 0 < seen.sum() < num_after
+    for parameter, mean in found.items():
+        torch.testing.assert_close(mean, expected[parameter], rtol=1e-6, atol=1e-7)
+        assert not after.state.workers[parameter]["dual"][~seen].any()
+
+
 class Quadratic(torch.nn.Module):
     """Logits whose cross-entropy is strictly convex in the weights, so that the minimiser is unique."""
 

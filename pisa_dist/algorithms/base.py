@@ -124,6 +124,14 @@ class Algorithm(ABC):
         """State that every rank holds alike, such as a server's momentum. None by default."""
         return {}
 
+    @property
+    def dual_counts_if(self) -> str | None:
+        """Where a worker's state says, by a number > 0, that its dual counts: NAME/KIND; None if all do from the start.
+
+        A method that averages over the workers seen so far has such a number.
+        """
+        return None
+
     def needs_one_pass(self, shared: State) -> bool:
         """Whether every gradient of the next round is taken at w, so that a second pass over a shard adds nothing.
 

@@ -47,6 +47,10 @@ class PisaAuto(Algorithm):
         step = (1 - progress) / FIRST_PENALTY + progress / LAST_PENALTY
         return PisaLocal(penalty=1 / step, lr=self.lr, enlarge_batch=self.needs_one_pass(round_.shared))
 
+    @property
+    def dual_counts_if(self) -> str | None:  # noqa: D102 - as in Algorithm
+        return PisaLocal().dual_counts_if
+
     def needs_one_pass(self, shared: State) -> bool:  # noqa: D102 - as in Algorithm
         return not bool(shared[LOCAL]["begun"])
 

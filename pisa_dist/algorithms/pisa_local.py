@@ -100,6 +100,10 @@ class PisaLocal(Algorithm):
         if self.preconditioner_scale == 0:
             raise ValueError("`algorithm.preconditioner_scale` (rho) must be > 0 or null for local steps, got 0")
 
+    @property
+    def dual_counts_if(self) -> str | None:  # noqa: D102 - as in Algorithm
+        return None if self.metric == "none" else f"{SEEN}/steps"
+
     def needs_one_pass(self, shared: State) -> bool:  # noqa: D102 - as in Algorithm
         return self.enlarge_batch
 
