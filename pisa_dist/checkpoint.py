@@ -42,7 +42,7 @@ from pisa_dist.snapshot import (
 from pisa_dist.trainer import Trainer
 
 CONTENTS, CHECKSUMS = "contents.json", "checksums.json"
-UNFINISHED = ".unfinished"
+UNFINISHED, REPLACED = ".unfinished", "-replaced"
 METADATA = ".metadata"
 
 # What the library raises for files that it cannot make sense of.
@@ -84,7 +84,11 @@ class Checkpointer:
         self._is_first = self._group is None or dist.get_rank() == 0
         if self._is_first:
             for half in directory.glob(f"round_*{UNFINISHED}"):  # of a run that was killed
-                shutil.rmtree(half, ignore_errors=True)
+                whole = half.with_name(half.name.removesuffix(f"{REPLACED}{UNFINISHED}"))
+                if half.name.endswith(f"{REPLACED}{UNFINISHED}") and not whole.exists():
+                    half.rename(whole)  # killed between two renames: this is that round's only one
+                else:
+                    shutil.rmtree(half, ignore_errors=True)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
         self._is_complete = True
@@ -169,9 +173,9 @@ class Checkpointer:
             sums = {file.name: _digest(file) for file in sorted(unfinished.iterdir())}
             _write_durably(unfinished / CHECKSUMS, json.dumps(sums))
             if path.exists():  # a resumed run has come to this round again: never be without a whole one
-                os.replace(path, path.with_name(f"{path.name}-replaced{UNFINISHED}"))
+                os.replace(path, path.with_name(f"{path.name}{REPLACED}{UNFINISHED}"))
             os.replace(unfinished, path)
-            shutil.rmtree(path.with_name(f"{path.name}-replaced{UNFINISHED}"), ignore_errors=True)
+            shutil.rmtree(path.with_name(f"{path.name}{REPLACED}{UNFINISHED}"), ignore_errors=True)
             # Later ones are damaged, or another history's: they must not push out the one just written.
             for old in [p for p in complete(self.directory) if _round(p) <= _round(path)][self.keep_last :]:
                 shutil.rmtree(old, ignore_errors=True)
@@ -189,10 +193,10 @@ class Checkpointer:
             raise OSError(answer[0])
 
 
-def complete(directory: Path) -> list[Path]:
-    """The complete checkpoints in a `checkpoints/` directory or of a run, newest first."""
+def complete(directory: Path, *, after: int = -1) -> list[Path]:
+    """The complete checkpoints in a `checkpoints/` directory or of a run, of rounds after `after`, newest first."""
     folder = directory / "checkpoints" if (directory / "checkpoints").is_dir() else directory
-    found = [p for p in folder.glob("round_*") if _round(p) >= 0 and (p / CONTENTS).is_file()]
+    found = [p for p in folder.glob("round_*") if _round(p) > after and (p / CONTENTS).is_file()]
     return sorted(found, key=_round, reverse=True)
 
 

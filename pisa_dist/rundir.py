@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,13 +34,13 @@ class RunDirectory:
         self.path = path
 
     @staticmethod
-    def prepare(run_dir: str | None, *, name: str, resume: bool) -> Path:
+    def prepare(run_dir: str | None, *, name: str, resume: str | None) -> Path:
         """Make the directory of a run, or find that of the run to go on with.
 
         Args:
             run_dir: where to put it; None makes a new one below `runs/`, called after name and time.
             name: data, split and algorithm, for the directory's name.
-            resume: whether it may hold a run already.
+            resume: "auto" if it may hold a run already; a checkpoint, or a run with one, if it may hold that; or None.
 
         Raises:
             ValueError: it holds another run, or cannot be written.
@@ -51,8 +52,17 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
             metrics = path / "metrics.jsonl"
             is_used = (metrics.exists() and metrics.stat().st_size > 0) or any(path.glob("checkpoints/round_*"))
-            if is_used and not resume:
+            if is_used and resume is None:
                 raise ValueError(f"`run_dir` {run_dir!r} holds a run already: choose another, or resume=auto to go on")
+            if (
+                is_used
+                and resume != "auto"
+                and path.resolve() not in (source := Path(str(resume)).resolve(), *source.parents)
+            ):
+                raise ValueError(
+                    f"`run_dir` {run_dir!r} holds another run than `resume` {resume!r}: choose another, or resume=auto "
+                    "to go on with the one that it holds"
+                )
             metrics.touch()
         except OSError as error:
             raise ValueError(f"`run_dir` {run_dir or 'runs'!r} cannot be written: {error.strerror}") from error
@@ -83,6 +93,26 @@ class RunDirectory:
             (self.path / "metrics.jsonl").rename(kept)
             (self.path / "metrics.jsonl").touch()
             print(f"no checkpoint yet: starting afresh, earlier metrics are in {kept}", file=sys.stderr, flush=True)
+
+    def set_aside(self, later: Sequence[Path], *, round_number: int) -> None:
+        """Before a run goes on from an earlier round than it had come to, move what is later to `abandoned-N/`.
+
+        Otherwise `resume=auto` would one day go on from a checkpoint of the history that was given up.
+
+        Args:
+            later: checkpoints of rounds after `round_number`.
+            round_number: the round that the run goes on from.
+        """
+        if not later and not any(line["round"] > round_number for line in self.metrics()):
+            return
+        number = 1
+        while (folder := self.path / f"abandoned-{number}").exists():
+            number += 1
+        folder.mkdir()
+        shutil.copy2(self.path / "metrics.jsonl", folder)
+        for path in later:
+            path.rename(folder / path.name)
+        print(f"going back to round {round_number}: what is later is in {folder}", file=sys.stderr, flush=True)
 
     def remove_unused(self) -> None:
         """Remove the directory again if no run has begun in it: there is no configuration, no metrics, nothing else."""

@@ -76,6 +76,9 @@ def run(config: Config, resolved: Mapping[str, Any]) -> Path:
         if consensus.rank == 0:
             files.write_config({**resolved, "run_dir": str(files.path)})
             files.write_split(_describe_split(config, data.train, parts))
+            if source is not None and config.resume != "auto":
+                later = checkpoint.complete(files.path, after=trainer.state.round_number)
+                files.set_aside(later, round_number=trainer.state.round_number)
             files.keep_metrics_until(trainer.state.round_number)
             if trainer.state.round_number >= config.rounds:
                 print(f"the run is at round {trainer.state.round_number} of {config.rounds} already: nothing to train")
@@ -204,7 +207,7 @@ def _claim_directory(config: Config, stack: ExitStack) -> Path:
     """The run directory, made and locked for as long as `stack` is open."""
     name = f"{config.data.name}-{config.split.name}-{config.algorithm.name}"
     is_new = config.run_dir is None or not Path(config.run_dir).expanduser().exists()
-    path = RunDirectory.prepare(config.run_dir, name=name, resume=config.resume is not None)
+    path = RunDirectory.prepare(config.run_dir, name=name, resume=config.resume)
     if is_new:  # data that are not there, or a split that cannot be, leave nothing behind
         stack.callback(RunDirectory(path).remove_unused)
     stack.enter_context(RunDirectory(path).locked())

@@ -203,6 +203,9 @@ BAD_RESUMES: dict[str, tuple[str, ...]] = {
     "seed=1": ("its seed is 0, this run's is 1",),
     "data.num_train=90": ("its shard_sizes is [34, 33, 33], this run's is [30, 30, 30]",),
     "split=dirichlet": ("its shard_sizes is",),
+    # Into a run of its own.
+    "resume=run run_dir=synchronous": ("`run_dir` 'synchronous' holds another run than `resume` 'run'", "resume=auto"),
+    "resume=run/checkpoints/round_000001 run_dir=nsisa": ("`run_dir` 'nsisa' holds another run than `resume`",),
     "algorithm=fedavg resume=auto run_dir=run": ("its algorithm is sisa, this run's is fedavg",),
     # Another number of workers.
     "num_workers=4": ("its num_workers is 3, this run's is 4", "checkpoint.resize=resplit or drop"),

@@ -592,3 +592,32 @@ def test_rounds_beyond_a_million_are_newer_than_those_below(tmp_path: Path, here
         (folder / name).mkdir()
         (folder / name / "contents.json").write_text("{}")
     assert [path.name for path in checkpoint.complete(tmp_path / "run")] == ["round_1000000", "round_999999"]
+
+
+def test_going_back_to_an_earlier_round_sets_the_later_history_aside(
+    tmp_path: Path, here: TrainHere, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert here(*COMMON, ROUNDS, "run_dir=run") == 0
+    whole, checkpoints = read_metrics(tmp_path / "run"), tmp_path / "run/checkpoints"
+    capfd.readouterr()
+    assert here(*COMMON, "rounds=9", "run_dir=run", f"resume={checkpoints / 'round_000006'}") == 0
+    assert "going back to round 6: what is later is in " in capfd.readouterr().err
+    abandoned = tmp_path / "run/abandoned-1"
+    assert {path.name for path in abandoned.iterdir()} == {"metrics.jsonl", "round_000009", "round_000012"}
+    assert read_metrics(abandoned) == whole
+    assert checkpoint.damage(abandoned / "round_000012") is None
+    newest = checkpoint.newest(tmp_path / "run")
+    assert newest is not None
+    assert newest.name == "round_000009"
+    assert here(*COMMON, ROUNDS, "run_dir=run", "resume=auto") == 0
+    assert_as_undisturbed(tmp_path, here)
+
+
+def test_a_kill_between_the_two_renames_of_a_checkpoint_that_is_written_again_loses_none(
+    tmp_path: Path, here: TrainHere
+) -> None:
+    assert here(*COMMON, ROUNDS, "run_dir=run") == 0
+    newest = tmp_path / "run/checkpoints/round_000012"
+    newest.rename(newest.with_name("round_000012-replaced.unfinished"))
+    checkpoint.Checkpointer(newest.parent).close()
+    assert checkpoint.newest(tmp_path / "run") == newest
