@@ -1,6 +1,8 @@
 """How the worker behind a drop-in optimizer talks to the others."""
 
 import importlib.util
+import os
+import shutil
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +18,15 @@ COMPRESSIONS = (None, *CODECS)
 # MiB in a bucket, by measurement. A compressed sum takes two stages, and with small buckets one's first stage travels
 # beside another's second: on 100 Mbit/s 2 MiB in place of 25 make a step with int8 messages 1.5 times as fast.
 BUCKET_MB, COMPRESSED_BUCKET_MB = 25.0, 2.0
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _can_compile() -> bool:
+    """Whether Triton is here with the C compiler that it builds its launchers with."""
+    has_compiler = any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang"))
+    return has_compiler and importlib.util.find_spec("triton") is not None
+
+
+_CAN_COMPILE = _can_compile()
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,7 @@ class Communication:
 
     def is_compiled(self, parameter: Tensor) -> bool:
         """Whether a parameter's step goes through torch.compile."""
-        return parameter.is_cuda and _HAS_TRITON if self.fused is None else self.fused
+        return parameter.is_cuda and _CAN_COMPILE if self.fused is None else self.fused
 
     def grad_scale(self, device: torch.device) -> Tensor | None:
         """The scale that the GradScaler puts on losses now, without waiting for the device; None without one."""

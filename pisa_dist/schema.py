@@ -18,7 +18,7 @@ from pisa_dist import checkpoint
 from pisa_dist.algorithms import ALGORITHMS, Algorithm
 from pisa_dist.checks import check_choice, check_ranges
 from pisa_dist.clock import Clock
-from pisa_dist.data.datasets import resolve_custom
+from pisa_dist.data.datasets import default_root, resolve_custom
 from pisa_dist.data.sampling import hosted_workers, num_present
 from pisa_dist.distributed import select_device
 from pisa_dist.faults import ON_NONFINITE
@@ -90,7 +90,7 @@ class Cifar10Data(DataConfig):
 
 @dataclass
 class LibsvmData(DataConfig):
-    """Two svmlight files; a relative path is looked up in the working directory, then in `root`."""
+    """Two svmlight files; a relative path is looked up in the working directory, then in `root`, or in $PISA_DATA."""
 
     name: str = "libsvm"
     train_file: str = MISSING
@@ -375,7 +375,8 @@ def validate(config: Config, *, num_ranks: int = 1) -> None:
 
 def _found(data: LibsvmData, key: str) -> Path:
     path = Path(getattr(data, key)).expanduser()
-    places = [path] if path.is_absolute() or data.root is None else [path, Path(data.root).expanduser() / path]
+    root = default_root() if data.root is None else Path(data.root).expanduser()
+    places = [path] if path.is_absolute() else [path, root / path]
     for place in places:
         if place.is_file():
             return place

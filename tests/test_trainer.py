@@ -24,6 +24,11 @@ LAYOUT_CASES = {
     "pisa, some workers absent": ("pisa", {"penalty": 4.0}, {"participation": 0.4}),
     "fedavg, local steps": ("fedavg", {"lr": 0.1, "momentum": 0.5}, {"local_steps": 3, "participation": 0.5}),
     "synchronous": ("synchronous", {"lr": 0.01}, {}),
+    "pisa_auto, some workers absent": ("pisa_auto", {}, {"local_steps": 3, "participation": 0.5}),
+    "pisa_local": ("pisa_local", {"metric": "adam"}, {"local_steps": 3, "participation": 0.5}),
+    "scaffold": ("scaffold", {"lr": 0.05}, {"local_steps": 3, "participation": 0.5}),
+    "feddyn": ("feddyn", {"lr": 0.05}, {"local_steps": 3, "participation": 0.5}),
+    "mifa": ("mifa", {"lr": 0.05}, {"local_steps": 3, "participation": 0.5}),
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pisa_dist.data.datasets import libsvm
+from pisa_dist.train import compose_config
 
 Refused = Callable[[type[Exception], Callable[[], object]], str]
 
@@ -131,3 +132,10 @@ def test_a_libsvm_set_too_wide_for_memory_is_refused_before_it_is_made_dense(ref
     assert "2000000000 dense features would take 14.9 GiB" in message
     assert "8 GiB" in message
     assert str(paths[0]) in message
+
+
+def test_relative_files_are_found_below_pisa_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_text("1 1:2\n")
+    monkeypatch.setenv("PISA_DATA", str(tmp_path))
+    data = compose_config(["data=libsvm", "data.train_file=a", "data.test_file=a"]).data
+    assert vars(data)["train_file"] == str(tmp_path / "a")
