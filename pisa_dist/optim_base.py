@@ -269,7 +269,7 @@ class ADMMOptimizer(WorkerOptimizer):
         ]
         for bucket, arrived in zip(self._plan.buckets, sent, strict=True):
             works = self._works(bucket, self._gradients(bucket))
-            settle_all(bucket, works, self._settings, arrived.outcomes, arrived.buffer.tensors, agreed)
+            settle_all(bucket, works, arrived.outcomes, arrived.buffer.tensors, agreed)
             self._keep_all(works)
             if arrived.total.residual is not None:
                 pieces = torch.split(arrived.total.residual, [work.weights.numel() for work in works])
