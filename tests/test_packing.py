@@ -124,3 +124,15 @@ def test_parameters_of_several_types_train_together_as_they_do_apart(across_type
             assert not torch.equal(together, old), "it has trained"
             tolerance = tolerances[old.dtype] if name != "compressed" else 2e-2
             torch.testing.assert_close(together, apart, rtol=tolerance, atol=tolerance)
+
+
+def test_matrices_of_several_types_are_not_stacked(monkeypatch):
+    monkeypatch.setattr("pisa_dist.slots.BATCHED_ON", {"cpu"})
+    parameters = [nn.Parameter(torch.ones(4, 3, dtype=dtype)) for dtype in (*DTYPES, torch.float32)]
+    optimizer = NSISA(parameters)
+    assert optimizer._plan.buckets[0].together == [[0], [1, 3], [2]]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    duals = [optimizer.state[p]["dual"].dtype for p in parameters]
+    assert duals == [torch.float64, torch.float32, torch.float32, torch.float32]
