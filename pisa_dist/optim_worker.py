@@ -90,7 +90,7 @@ class WorkerOptimizer(torch.optim.Optimizer):
     def _agree(self, groups: list[ParamGroup]) -> None:
         """Refuse ranks whose models differ; give all of them rank 0's weights, as DistributedDataParallel does."""
         parameters = [p for group in groups for p in group["params"]]
-        self._shards = shard_group(parameters)
+        self._shards = shard_group([p for group in self.param_groups for p in group["params"]])
         require_replicas(self._communication.process_group, self._shards)
         if self._consensus.num_ranks == 1:
             return
