@@ -40,7 +40,10 @@ class PISA(ADMMOptimizer, metaclass=ABCMeta):
             None on every rank weights all alike.
         process_group: the ranks that are workers; None is the default group, or one worker where there is none.
         on_nonfinite: what a NaN or infinite gradient on any rank does, on every rank: "raise" FloatingPointError,
-            or "skip" the step. Weights and state stay as they were either way.
+            or "skip" the step. Weights and state stay as they were either way. Gradients alone are looked at, because
+            messages would take another pass over memory: where a sum of finite messages or NSISA's momentum overflows
+            (float32: gradients times worker_weight near 1e38), the step stands with weights that are not finite, and
+            is first noticed by the gradients after it, which "skip" then skips for ever.
         overlap: send messages while the backward pass is still running, in several buckets; the same numbers. Between
             backward() and step() gradients and settings must then stay as they are (no clipping), and all backward
             passes of a step but the last belong into `with optimizer.accumulate():`.

@@ -139,7 +139,8 @@ class ADMMOptimizer(WorkerOptimizer):
 
         Raises:
             FloatingPointError: a gradient on any rank was NaN or infinite and `on_nonfinite` is "raise". Raised on
-                every rank; weights and state are as before the step.
+                every rank; weights and state are as before the step. A sum of the messages that overflows although
+                every gradient is finite is not looked for: it goes into the weights of every rank.
             ConsensusError: another rank is gone.
             RuntimeError: with overlap, gradients or settings changed after their messages went.
         """

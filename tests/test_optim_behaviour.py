@@ -509,6 +509,7 @@ def every_case_on_two_ranks(rank, num_ranks):
         start_from_other_weights,
         construct_what_does_not_fit,
         meet_gradients_that_are_not_finite,
+        overflow_the_sum,
         train_with_gradient_scaler,
         save_and_resume_duals,
     ]
@@ -617,6 +618,29 @@ def test_a_gradient_that_is_not_finite_on_one_rank_raises_or_skips_on_all(two_ra
         assert_same_bits(outcome["skip"], first["raise"])
         assert_same_bits(outcome["raise"], first["raise"])
         assert all(p.isfinite().all() for p in outcome["skip"])
+
+
+def overflow_the_sum(rank):
+    """Messages that float32 holds and whose sum it does not; then the gradients that such weights have."""
+    parameters = make_parameters(torch.float32)
+    optimizer = PISA(parameters)
+    for p in parameters:
+        p.grad = torch.full_like(p, 3e38)
+    optimizer.step()
+    weights = [p.detach().clone() for p in parameters]
+    optimizer.zero_grad()
+    sum(p.square().sum() for p in parameters).backward()
+    try:
+        optimizer.step()
+    except FloatingPointError as error:
+        return weights, [optimizer.state[p]["dual"] for p in parameters], str(error)
+
+
+def test_a_sum_that_overflows_is_noticed_by_the_gradients_of_the_next_step_on_every_rank(two_ranks):
+    for weights, duals, message in two_ranks(overflow_the_sum):
+        assert all(w.isinf().all() for w in weights)
+        assert all(d.isfinite().all() for d in duals)
+        assert message.startswith("non-finite gradient on worker")
 
 
 def train_with_gradient_scaler(rank):
