@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 
@@ -15,13 +17,13 @@ class Range(NamedTuple):
     symbol: str = ""
     integer: bool = False
 
-    def __contains__(self, value: object) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    def __contains__(self, value: Any) -> bool:
+        if not _is_number(value) or not math.isfinite(value):
             return False
-        if self.integer and not isinstance(value, int):
+        if self.integer and not isinstance(value, Integral):
             return False
-        above = value >= self.low if self.low_included else value > self.low
-        below = value <= self.high if self.high_included else value < self.high
+        above: bool = value >= self.low if self.low_included else value > self.low
+        below: bool = value <= self.high if self.high_included else value < self.high
         return above and below
 
     def __str__(self) -> str:
@@ -31,6 +33,10 @@ class Range(NamedTuple):
             return f"{kind}{'>=' if self.low_included else '>'} {low}"
         opening, closing = "(["[self.low_included], ")]"[self.high_included]
         return f"{kind}in {opening}{low}, {high}{closing}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _positive(symbol: str = "") -> Range:
@@ -102,7 +108,7 @@ def check_ranges(values: Mapping[str, Any], *, prefix: str = "", optional: Seque
         optional: knobs that may be None.
 
     Raises:
-        ValueError: "`algorithm.penalty` (sigma) must be > 0, got -1.0".
+        ValueError: "`algorithm.penalty` (sigma) must be > 0, got -1.0" or "`lr` must be a number > 0, got None".
     """
     for name, value in values.items():
         if name not in RANGES or (value is None and name in optional):
@@ -112,7 +118,18 @@ def check_ranges(values: Mapping[str, Any], *, prefix: str = "", optional: Seque
         for key, item in items.items():
             if item not in allowed:
                 symbol = f" ({allowed.symbol})" if allowed.symbol else ""
-                raise ValueError(f"`{prefix}{key}`{symbol} must be {allowed}, got {item!r}")
+                kind = "" if _is_number(item) or allowed.integer else "a number "
+                shown = shorten(repr(item), 100, placeholder=" ...")  # a tensor's has several lines
+                raise ValueError(f"`{prefix}{key}`{symbol} must be {kind}{allowed}, got {shown}")
+
+
+def plain_number(value: Any) -> Any:
+    """A number as Python's own int or float, such as numpy's or one in a tensor of one element; else `value` itself."""
+    if hasattr(value, "item") and math.prod(value.shape) == 1:
+        value = value.item()
+    if not _is_number(value):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def check_choice(key: str, value: object, choices: Sequence[str | None]) -> None:

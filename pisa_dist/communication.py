@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pisa_dist.checks import check_choice, check_ranges
+from pisa_dist.checks import check_choice, check_ranges, plain_number
 from pisa_dist.compression import CODECS, CompressedSums
 from pisa_dist.consensus import Consensus, make_consensus
 from pisa_dist.faults import ON_NONFINITE
@@ -45,8 +45,9 @@ class Communication:
     def __post_init__(self) -> None:
         check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         check_choice("compression", self.compression, COMPRESSIONS)
-        given = {"worker_weight": self.worker_weight, "bucket_mb": self.bucket_mb}
+        given = {name: plain_number(getattr(self, name)) for name in ("worker_weight", "bucket_mb")}
         check_ranges(given, optional=tuple(given))
+        vars(self).update(given)  # past the refusal to set a frozen field
 
     @property
     def bucket_bytes(self) -> float | None:

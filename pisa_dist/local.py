@@ -119,7 +119,7 @@ def send_local_steps(
     settings: Sequence[Settings],
     worker_weight: float,
     messages: Sequence[Tensor],
-) -> "list[Outcome | None]":
+) -> "list[Outcome | StepSettings]":
     """`send_local_step` for a bucket: an outcome for each list of places in `bucket.together`.
 
     Small parameters go through one pass, end to end. On devices where many small products cost more than one batched
@@ -132,7 +132,7 @@ def send_local_steps(
         worker_weight: alpha_i > 0.
         messages: where the slots' messages go.
     """
-    outcomes: list[Outcome | None] = []
+    outcomes: list[Outcome | StepSettings] = []
     for places in bucket.together:
         first = places[0]
         own = settings[works[first].slot.group]
@@ -150,7 +150,7 @@ def send_local_steps(
     return outcomes
 
 
-def send_local_step(work: Work, settings: Settings, worker_weight: float, message: Tensor) -> Outcome | None:
+def send_local_step(work: Work, settings: Settings, worker_weight: float, message: Tensor) -> Outcome | StepSettings:
     """One parameter's local step; writes its message and changes nothing else, so that it can still be refused.
 
     Args:
@@ -160,7 +160,7 @@ def send_local_step(work: Work, settings: Settings, worker_weight: float, messag
         message: where alpha_i (pi_i + sigma_i u_i) goes.
 
     Returns:
-        What `settle` is to keep; None where it costs less to compute it again.
+        What `settle` is to keep; where it costs less to compute it again, how.
     """
     slot, _, state, gradient = work
     fused = _fused(work, settings, message)
@@ -168,7 +168,7 @@ def send_local_step(work: Work, settings: Settings, worker_weight: float, messag
         second_moment_message(
             state["dual"], state["second_moment"], gradient, fused, worker_weight=worker_weight, out=message
         )
-        return None
+        return fused
     rule = slot.preconditioner
     if isinstance(rule, NewtonSchulz) and _can_pass(work, message):
         dual, buffer = newton_schulz_message(
@@ -200,15 +200,14 @@ def send_local_step(work: Work, settings: Settings, worker_weight: float, messag
 def settle_all(
     bucket: Bucket,
     works: Sequence[Work],
-    settings: Sequence[Settings],
-    outcomes: "Sequence[Outcome | None]",
+    outcomes: "Sequence[Outcome | StepSettings]",
     message_sums: Sequence[Tensor],
     agreed: Sequence[Agreed],
 ) -> None:
     """`settle` for a bucket.
 
     Args:
-        bucket, works, settings: as `send_local_steps` had them.
+        bucket, works: as `send_local_steps` had them.
         outcomes: what it returned.
         message_sums: sums of the slots' messages over all workers; may be overwritten.
         agreed: by group.
@@ -218,25 +217,26 @@ def settle_all(
         if len(places) > 1 and _is_packed(works[places[0]]):
             several = [works[i] for i in places]
             whole = _packed(several)
-            settle(whole, settings[group], outcome, pack([message_sums[i] for i in places]), agreed[group])
+            message_sum = pack([message_sums[i] for i in places]).to(whole.gradient.dtype)
+            settle(whole, outcome, message_sum, agreed[group])
             _unpack_(whole, several)
             continue
         for row, i in enumerate(places):
-            own = outcome if outcome is None or len(places) == 1 else outcome.of_row(row)
-            settle(works[i], settings[group], own, message_sums[i], agreed[group])
+            own = outcome.of_row(row) if len(places) > 1 and isinstance(outcome, Outcome) else outcome
+            settle(works[i], own, message_sums[i], agreed[group])
 
 
-def settle(work: Work, settings: Settings, outcome: Outcome | None, message_sum: Tensor, agreed: Agreed) -> None:
+def settle(work: Work, outcome: Outcome | StepSettings, message_sum: Tensor, agreed: Agreed) -> None:
     """The rest of one parameter's step, once it stands: dual, preconditioner state and consensus weights, in place.
 
     Args:
-        work, settings: as `send_local_step` had them.
+        work: as `send_local_step` had it.
         outcome: what it returned.
         message_sum: sum over all workers; may be overwritten.
         agreed: what else the ranks know together.
     """
     _, own, state, gradient = work
-    if outcome is not None:
+    if isinstance(outcome, Outcome):
         move(
             own,
             message_sum.div_(agreed.weight_sum),
@@ -245,12 +245,10 @@ def settle(work: Work, settings: Settings, outcome: Outcome | None, message_sum:
         )
         state.update(dual=outcome.dual, **outcome.preconditioner_state)
         return
-    fused = _fused(work, settings, message_sum)
     weights = own.contiguous()  # itself, where its memory is in order
-    if fused is not None:
-        second_moment_commit_(
-            state["dual"], state["second_moment"], gradient, weights, message_sum, fused, **agreed._asdict()
-        )
+    second_moment_commit_(
+        state["dual"], state["second_moment"], gradient, weights, message_sum, outcome, **agreed._asdict()
+    )
     if weights is not own:
         own.copy_(weights)
 
@@ -281,7 +279,7 @@ def step_alone(
         messages = [torch.empty_like(work.gradient) for work in several]
         outcomes = send_local_steps(part, several, settings, 1.0, messages)
         agreed = [Agreed(1.0, own.penalty, l2) for own, l2 in zip(settings, consensus_l2, strict=True)]
-        settle_all(part, several, settings, outcomes, messages, agreed)
+        settle_all(part, several, outcomes, messages, agreed)
 
 
 def _fused(work: Work, settings: Settings, *others: Tensor) -> StepSettings | None:

@@ -1,6 +1,7 @@
 """PISA, SISA and NSISA as drop-in `torch.optim.Optimizer`s: one worker per rank, one all-reduce per step or round."""
 
 import inspect
+from abc import ABCMeta
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +15,7 @@ from pisa_dist.optim_local import LocalPISA, asks_for_local_steps
 from pisa_dist.slots import ParamGroup
 
 
-class PISA(ADMMOptimizer):
+class PISA(ADMMOptimizer, metaclass=ABCMeta):
     """Preconditioned inexact stochastic ADMM (Algorithm 1 of arXiv 2502.10784) with any preconditioner.
 
     Every rank is one worker: its gradients stay local, so no DDP wrapper is needed. `step()` takes the local step,
@@ -28,8 +29,9 @@ class PISA(ADMMOptimizer):
     Args:
         params: parameters, named parameters or parameter groups; the float settings may differ by group.
         preconditioner: the rule for Q_i; None is the identity.
-        penalty: sigma_i > 0, gradient per weight.
-        preconditioner_scale: rho_i >= 0, gradient per weight and unit of Q.
+        penalty: sigma_i > 0, gradient per weight. None: 1, or 100 with local steps or a metric.
+        preconditioner_scale: rho_i >= 0, gradient per weight and unit of Q. None: 1, or penalty times local_steps with
+            local steps or a metric.
         consensus_l2: lambda >= 0, gradient per weight; the same on every rank.
         penalty_growth: 1/gamma_i >= 1, factor on the penalty.
         penalty_growth_interval: steps from one growth to the next, >= 1.
@@ -38,7 +40,10 @@ class PISA(ADMMOptimizer):
             None on every rank weights all alike.
         process_group: the ranks that are workers; None is the default group, or one worker where there is none.
         on_nonfinite: what a NaN or infinite gradient on any rank does, on every rank: "raise" FloatingPointError,
-            or "skip" the step. Weights and state stay as they were either way.
+            or "skip" the step. Weights and state stay as they were either way. Gradients alone are looked at, because
+            messages would take another pass over memory: where a sum of finite messages or NSISA's momentum overflows
+            (float32: gradients times worker_weight near 1e38), the step stands with weights that are not finite, and
+            is first noticed by the gradients after it, which "skip" then skips for ever.
         overlap: send messages while the backward pass is still running, in several buckets; the same numbers. Between
             backward() and step() gradients and settings must then stay as they are (no clipping), and all backward
             passes of a step but the last belong into `with optimizer.accumulate():`.
@@ -49,9 +54,10 @@ class PISA(ADMMOptimizer):
         grad_scaler: with overlap under AMP, the GradScaler, whose scale is in the gradients.
         fused: make one kernel of SISA's step with torch.compile, which takes seconds at the first step and a C++
             compiler (CPU) or Triton (CUDA). None: on CUDA where Triton is installed, not on the CPU.
-        local_steps: calls of `step` from one consensus to the next. With more than one, or with a metric, the optimizer
-            is a `LocalPISA`: arguments, defaults and behaviour are that class's, and there is no preconditioner,
-            consensus_l2, overlap, compression or fused.
+        local_steps: calls of `step` from one consensus to the next; None: 1, or 20 with a metric. With more than one,
+            or with a metric, the optimizer is a `LocalPISA`, which counts as a `PISA` too: further arguments and
+            behaviour are that class's, and there is no preconditioner, consensus_l2, overlap, compression, grad_scaler
+            or fused.
         metric: "none", "adam", "muon" or "kron"; None is "none" with one local step and "muon" with more.
 
     Raises:
@@ -67,8 +73,8 @@ class PISA(ADMMOptimizer):
         params: Iterable[Any],
         *,
         preconditioner: Preconditioner | None = None,
-        penalty: float = 1.0,
-        preconditioner_scale: float = 1.0,
+        penalty: float | None = None,
+        preconditioner_scale: float | None = None,
         consensus_l2: float = 0.0,
         penalty_growth: float = 1.0,
         penalty_growth_interval: int = 1,
@@ -81,13 +87,13 @@ class PISA(ADMMOptimizer):
         compression: str | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         fused: bool | None = None,
-        local_steps: int = 1,
+        local_steps: int | None = None,
         metric: str | None = None,
     ) -> None:
         self._preconditioner = preconditioner or Identity()
         defaults = {
-            "penalty": penalty,
-            "preconditioner_scale": preconditioner_scale,
+            "penalty": 1.0 if penalty is None else penalty,
+            "preconditioner_scale": 1.0 if preconditioner_scale is None else preconditioner_scale,
             "consensus_l2": consensus_l2,
             "penalty_growth": penalty_growth,
             "penalty_growth_interval": penalty_growth_interval,
@@ -109,7 +115,8 @@ class PISA(ADMMOptimizer):
         return self._preconditioner
 
 
-# What `help` and `inspect` show: `__new__` takes the arguments of both forms.
+PISA.register(LocalPISA)  # `isinstance` takes both forms for a PISA
+# What `help` and `inspect` show in place of the arguments of `__new__`, which are those of both forms.
 _parameters = list(inspect.signature(PISA.__init__).parameters.values())[1:]
 PISA.__signature__ = inspect.Signature(_parameters)  # type: ignore[attr-defined]
 

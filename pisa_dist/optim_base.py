@@ -139,7 +139,8 @@ class ADMMOptimizer(WorkerOptimizer):
 
         Raises:
             FloatingPointError: a gradient on any rank was NaN or infinite and `on_nonfinite` is "raise". Raised on
-                every rank; weights and state are as before the step.
+                every rank; weights and state are as before the step. A sum of the messages that overflows although
+                every gradient is finite is not looked for: it goes into the weights of every rank.
             ConsensusError: another rank is gone.
             RuntimeError: with overlap, gradients or settings changed after their messages went.
         """
@@ -269,7 +270,7 @@ class ADMMOptimizer(WorkerOptimizer):
         ]
         for bucket, arrived in zip(self._plan.buckets, sent, strict=True):
             works = self._works(bucket, self._gradients(bucket))
-            settle_all(bucket, works, self._settings, arrived.outcomes, arrived.buffer.tensors, agreed)
+            settle_all(bucket, works, arrived.outcomes, arrived.buffer.tensors, agreed)
             self._keep_all(works)
             if arrived.total.residual is not None:
                 pieces = torch.split(arrived.total.residual, [work.weights.numel() for work in works])

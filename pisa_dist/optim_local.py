@@ -1,7 +1,7 @@
 """PISA with local steps as a drop-in `torch.optim.Optimizer`: every `local_steps`-th step is a consensus."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -31,11 +31,13 @@ from pisa_dist.slots import ParamGroup, Trainable, trainable
 
 # Arguments of `PISA` without local steps and metric that have no meaning here.
 _ONE_STEP_ONLY = ("preconditioner", "consensus_l2", "overlap", "bucket_mb", "compression", "grad_scaler", "fused")
+# Those whose defaults are others here: None in `PISA` leaves them to the form.
+_OTHER_DEFAULTS = ("local_steps", "metric", "penalty", "preconditioner_scale")
 
 
 def asks_for_local_steps(settings: Mapping[str, Any]) -> bool:
     """Whether these arguments of `PISA` mean a `LocalPISA`: more than one local step, or a metric."""
-    return settings.get("local_steps", 1) != 1 or settings.get("metric") not in (None, "none")
+    return settings.get("local_steps") not in (None, 1) or settings.get("metric") not in (None, "none")
 
 
 class LocalPISA(WorkerOptimizer):
@@ -143,7 +145,7 @@ class LocalPISA(WorkerOptimizer):
         for key in _ONE_STEP_ONLY:
             if settings.pop(key, None):
                 raise ValueError(f"`{key}` must be left out with local_steps > 1 or a metric: it has no meaning there")
-        return cls(*args, **{key: value for key, value in settings.items() if (key, value) != ("metric", None)})
+        return cls(*args, **{k: v for k, v in settings.items() if v is not None or k not in _OTHER_DEFAULTS})
 
     def _check_group(self, settings: ParamGroup) -> None:
         check_choice("metric", settings["metric"], tuple(METRICS))
@@ -189,6 +191,10 @@ class LocalPISA(WorkerOptimizer):
     def _require_consensus(self, change: str) -> None:
         if not self.at_consensus:
             raise RuntimeError(f"{change} in the middle of a round: do it where `optimizer.at_consensus` is true")
+
+    def accumulate(self) -> AbstractContextManager[None]:
+        """As in the form with one local step; here backward passes never send anything, so that it changes nothing."""
+        return nullcontext()
 
     @contextmanager
     def consensus_weights(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from pisa_dist.admm.device import keep_freed_memory
 from pisa_dist.admm.updates import state_dtype
-from pisa_dist.checks import check_ranges
+from pisa_dist.checks import RANGES, check_ranges, plain_number
 from pisa_dist.communication import Communication
 from pisa_dist.distributed import broadcast_, require_same
 from pisa_dist.local import describe_group
@@ -42,7 +42,7 @@ class WorkerOptimizer(torch.optim.Optimizer):
         self._communication = communication
         self._connect()
         self._is_built = False
-        super().__init__(params, defaults)
+        super().__init__(params, _with_plain_numbers(defaults))
         self._is_built = True
         self._agree(self.param_groups)
         if any(p.device.type == "cpu" and p.requires_grad for group in self.param_groups for p in group["params"]):
@@ -73,9 +73,10 @@ class WorkerOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: a setting out of range, a parameter that is not real floating point, or ranks that differ.
         """
-        settings = {**self.defaults, **param_group}
-        check_ranges({**settings, "lr": float(settings["lr"])}, optional=self.may_be_none)
+        settings = _with_plain_numbers({**self.defaults, **param_group})
+        check_ranges({**settings, "lr": plain_number(settings["lr"])}, optional=self.may_be_none)
         self._check_group(settings)
+        param_group.update({name: settings[name] for name in param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for parameter in group["params"]:
@@ -90,7 +91,7 @@ class WorkerOptimizer(torch.optim.Optimizer):
     def _agree(self, groups: list[ParamGroup]) -> None:
         """Refuse ranks whose models differ; give all of them rank 0's weights, as DistributedDataParallel does."""
         parameters = [p for group in groups for p in group["params"]]
-        self._shards = shard_group(parameters)
+        self._shards = shard_group([p for group in self.param_groups for p in group["params"]])
         require_replicas(self._communication.process_group, self._shards)
         if self._consensus.num_ranks == 1:
             return
@@ -134,3 +135,11 @@ class WorkerOptimizer(torch.optim.Optimizer):
         # `load_state_dict` comes here too, with an optimizer that has its group; only a copy has none yet.
         if "_consensus" not in vars(self):
             self._connect()
+
+
+def _with_plain_numbers(settings: ParamGroup) -> ParamGroup:
+    """Numbers as Python's own, to be saved and compared; a learning rate in a tensor stays there, for others to set."""
+    return {
+        name: plain_number(value) if name in RANGES and not (name == "lr" and torch.is_tensor(value)) else value
+        for name, value in settings.items()
+    }

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from pisa_dist.admm.fused import StepSettings
 from pisa_dist.consensus import MessageBuffer, Sum
 from pisa_dist.local import Outcome
 
@@ -36,7 +37,7 @@ class Used(NamedTuple):
 class Sent(NamedTuple):
     """One bucket on its way: outcome of each of its steps, the sum that is being formed, and what must still hold."""
 
-    outcomes: list[Outcome | None]
+    outcomes: list[Outcome | StepSettings]
     total: Sum
     used: list[Used]
 

@@ -55,10 +55,11 @@ def _together(slots: Sequence[Slot]) -> list[list[int]]:
     small: dict[Any, list[int]] = {}
     for place, slot in enumerate(slots):
         weights, rule = slot.weights, slot.preconditioner
+        alike = (rule, slot.group, weights.dtype, weights.device)
         if type(rule) is NewtonSchulz and weights.device.type in BATCHED_ON:
-            stacked.setdefault((rule, slot.parameter.shape, slot.group), []).append(place)
+            stacked.setdefault((*alike, weights.shape), []).append(place)
         elif isinstance(rule, SecondMoment) and weights.numel() < PACKED_BELOW:
-            small.setdefault((rule, slot.group, weights.dtype, weights.device), []).append(place)
+            small.setdefault(alike, []).append(place)
         else:
             alone.append([place])
     packed = [

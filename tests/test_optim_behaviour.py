@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+from fractions import Fraction
 from unittest import mock
 
 import numpy as np
@@ -436,6 +437,58 @@ def test_a_setting_out_of_range_is_refused_with_its_name_and_value(name, value):
     assert str(value) in str(caught.value)
 
 
+NO_NUMBERS = [
+    ("lr", None, "`lr` must be a number > 0, got None"),
+    ("lr", "a", "`lr` must be a number > 0, got 'a'"),
+    ("lr", True, "`lr` must be a number > 0, got True"),
+    ("lr", 1j, "`lr` must be a number > 0, got 1j"),
+    ("penalty", None, "`penalty` (sigma) must be a number > 0, got None"),
+    ("penalty", torch.eye(2), "`penalty` (sigma) must be a number > 0, got tensor([[1., 0.], [0., 1.]])"),
+    ("penalty", np.float32(-1.0), "`penalty` (sigma) must be > 0, got -1.0"),
+    ("penalty_growth_interval", torch.tensor(2.0), "`penalty_growth_interval` must be an integer >= 1, got 2.0"),
+    ("worker_weight", "a", "`worker_weight` (alpha) must be a number > 0, got 'a'"),
+    ("second_moment_decay", "a", "`second_moment_decay` (beta) must be a number in [0, 1), got 'a'"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "words"), NO_NUMBERS)
+def test_what_is_no_number_is_refused_in_one_line_with_its_name(name, value, words):
+    with pytest.raises(ValueError) as caught:
+        SISA(make_parameters(), **SETTINGS | {name: value})
+    assert str(caught.value) == words
+
+
+@pytest.mark.parametrize(
+    "number",
+    [np.float32, np.float64, np.array, torch.tensor, lambda x: torch.tensor([x]), Fraction],
+    ids=["float32", "float64", "array", "tensor", "tensor of one", "fraction"],
+)
+def test_numbers_of_other_libraries_count_as_pythons_own(number):
+    values = {"penalty": 2.0, "preconditioner_scale": 8.0, "eps": 0.25, "lr": 0.5, "worker_weight": 3.0}
+    expected, found = make_parameters(), make_parameters()
+    train(SISA(expected, penalty_growth_interval=2, penalty_growth=1.5, **values), expected, range(4))
+    group = {"params": found, "penalty": number(values["penalty"])}
+    given = {name: number(value) for name, value in values.items() if name != "penalty"}
+    optimizer = SISA([group], penalty_growth_interval=np.int64(2), penalty_growth=number(1.5), **given)
+    train(optimizer, found, range(4))
+    assert_same_bits(found, expected)
+    kept = [optimizer.worker_weight, *(v for k, v in optimizer.param_groups[0].items() if k not in ("params", "lr"))]
+    assert {type(value) for value in kept} <= {int, float, str, type(None)}
+
+
+def test_a_learning_rate_in_a_tensor_can_be_set_there():
+    expected, found = make_parameters(), make_parameters()
+    lr = torch.tensor(0.5)
+    optimizers = SISA(expected, **SETTINGS, lr=0.5), SISA(found, **SETTINGS, lr=lr)
+    train(optimizers[0], expected, [0])
+    train(optimizers[1], found, [0])
+    optimizers[0].param_groups[0]["lr"] = 0.25
+    lr.fill_(0.25)
+    train(optimizers[0], expected, [1])
+    train(optimizers[1], found, [1])
+    assert_same_bits(found, expected)
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.5, math.nan])
 def test_a_momentum_out_of_range_is_refused_with_its_name_and_value(value):
     with pytest.raises(ValueError, match=rf"momentum.*{value}"):
@@ -456,6 +509,7 @@ def every_case_on_two_ranks(rank, num_ranks):
         start_from_other_weights,
         construct_what_does_not_fit,
         meet_gradients_that_are_not_finite,
+        overflow_the_sum,
         train_with_gradient_scaler,
         save_and_resume_duals,
     ]
@@ -564,6 +618,29 @@ def test_a_gradient_that_is_not_finite_on_one_rank_raises_or_skips_on_all(two_ra
         assert_same_bits(outcome["skip"], first["raise"])
         assert_same_bits(outcome["raise"], first["raise"])
         assert all(p.isfinite().all() for p in outcome["skip"])
+
+
+def overflow_the_sum(rank):
+    """Messages that float32 holds and whose sum it does not; then the gradients that such weights have."""
+    parameters = make_parameters(torch.float32)
+    optimizer = PISA(parameters)
+    for p in parameters:
+        p.grad = torch.full_like(p, 3e38)
+    optimizer.step()
+    weights = [p.detach().clone() for p in parameters]
+    optimizer.zero_grad()
+    sum(p.square().sum() for p in parameters).backward()
+    try:
+        optimizer.step()
+    except FloatingPointError as error:
+        return weights, [optimizer.state[p]["dual"] for p in parameters], str(error)
+
+
+def test_a_sum_that_overflows_is_noticed_by_the_gradients_of_the_next_step_on_every_rank(two_ranks):
+    for weights, duals, message in two_ranks(overflow_the_sum):
+        assert all(w.isinf().all() for w in weights)
+        assert all(d.isfinite().all() for d in duals)
+        assert message.startswith("non-finite gradient on worker")
 
 
 def train_with_gradient_scaler(rank):

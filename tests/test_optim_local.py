@@ -119,8 +119,10 @@ def test_pisa_with_local_steps_or_a_metric_is_the_local_form_and_else_what_it_wa
     parameters = [nn.Parameter(torch.zeros(2))]
     for settings in ({"local_steps": 20}, {"metric": "adam"}, {"local_steps": 2, "metric": "none"}):
         optimizer = PISA(parameters, **settings)
-        assert isinstance(optimizer, LocalPISA)
-        assert isinstance(optimizer, torch.optim.Optimizer)
+        for kind in (LocalPISA, PISA, torch.optim.Optimizer):
+            assert isinstance(optimizer, kind)
+        with optimizer.accumulate():  # all that users call on a PISA
+            pass
     assert PISA(parameters, local_steps=20).param_groups[0]["metric"] == "muon"
     for settings in ({}, {"local_steps": 1}, {"local_steps": 1, "metric": "none"}):
         assert type(PISA(parameters, **settings)) is PISA
@@ -690,3 +692,13 @@ def test_the_signature_that_users_see_is_that_of_the_contract():
     names = list(inspect.signature(PISA).parameters)
     assert names[:4] == ["params", "preconditioner", "penalty", "preconditioner_scale"]
     assert {"local_steps", "metric", "worker_weight", "process_group"} <= set(names)
+
+
+@pytest.mark.parametrize("settings", [{}, {"metric": "adam"}, {"local_steps": 2}], ids=str)
+def test_the_defaults_that_users_see_are_those_of_both_forms(settings):
+    shown = {p.name: p.default for p in inspect.signature(PISA).parameters.values() if p.name != "params"}
+    parameters = [nn.Parameter(torch.zeros(2))]
+    group = PISA(parameters, **settings).param_groups[0]
+    assert PISA(parameters, **shown | settings).param_groups[0] == group
+    fixed = {name: value for name, value in (shown | settings).items() if value is not None}
+    assert {name: group[name] for name in fixed if name in group}.items() <= fixed.items()

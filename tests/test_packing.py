@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from harness import run_ranks
 from torch import nn
 
 from pisa_dist import NSISA, SISA
@@ -80,3 +81,58 @@ def test_the_plan_is_kept_until_what_it_depends_on_changes():
     third = plan_after(lambda: parameters[0].requires_grad_(False))
     assert third.slots[0].parameter is parameters[1]
     assert len(plan_after(lambda: parameters[0].requires_grad_(True)).slots) == 4
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+ACROSS_TYPES = {
+    "sisa": lambda parameters: SISA(parameters, penalty=3.0, preconditioner_scale=10.0),
+    "nsisa": lambda parameters: NSISA(parameters, newton_schulz_precision="float32"),
+    "overlapped": lambda parameters: SISA(parameters, overlap=True),
+    "compressed": lambda parameters: SISA(parameters, compression="bf16"),
+}
+
+
+def train_across_types(rank, num_ranks):
+    """Start and end of vectors and matrices of three types in one optimizer, and of each type in an optimizer alone."""
+    found = {}
+    for name, make in ACROSS_TYPES.items():
+        generator = torch.Generator().manual_seed(0)
+        start = [torch.randn(s, generator=generator).to(d) for d in DTYPES for s in ((7,), (4, 3), (5,), (4, 3))]
+        mixed, alone = ([nn.Parameter(t.clone()) for t in start] for _ in range(2))
+        for parameters in (mixed, *(alone[i : i + 4] for i in range(0, 12, 4))):
+            optimizer = make(parameters)
+            for step in range(4):
+                optimizer.zero_grad()
+                generator = torch.Generator().manual_seed(10 * step + rank)
+                pulls = 3 * torch.randn(4, generator=generator).tolist()
+                sum((p * x).sum().double() for p, x in zip(parameters, pulls, strict=False)).backward()
+                optimizer.step()
+        found[name] = [[t.detach() for t in tensors] for tensors in (start, mixed, alone)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def across_types():
+    return run_ranks(train_across_types, 2)
+
+
+@pytest.mark.parametrize("name", ACROSS_TYPES)
+def test_parameters_of_several_types_train_together_as_they_do_apart(across_types, name):
+    tolerances = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+    for rank in across_types:
+        for old, together, apart in zip(*rank[name], strict=True):
+            assert not torch.equal(together, old), "it has trained"
+            tolerance = tolerances[old.dtype] if name != "compressed" else 2e-2
+            torch.testing.assert_close(together, apart, rtol=tolerance, atol=tolerance)
+
+
+def test_matrices_of_several_types_are_not_stacked(monkeypatch):
+    monkeypatch.setattr("pisa_dist.slots.BATCHED_ON", {"cpu"})
+    parameters = [nn.Parameter(torch.ones(4, 3, dtype=dtype)) for dtype in (*DTYPES, torch.float32)]
+    optimizer = NSISA(parameters)
+    assert optimizer._plan.buckets[0].together == [[0], [1, 3], [2]]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    duals = [optimizer.state[p]["dual"].dtype for p in parameters]
+    assert duals == [torch.float64, torch.float32, torch.float32, torch.float32]

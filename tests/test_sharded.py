@@ -123,6 +123,15 @@ def sharded(rank, num_ranks):
         torch.equal(a.to_local(), b.to_local()) for a, b in zip(model.parameters(), again.parameters(), strict=True)
     )
 
+    # All shards refuse alike after parameters that are not sharded have joined, too.
+    reloaded.add_param_group({"params": [nn.Parameter(torch.ones(2, dtype=torch.float64))]})
+    if rank == 3:
+        again[0].weight.grad.to_local().fill_(float("nan"))
+    try:
+        reloaded.step()
+    except FloatingPointError as error:
+        said["poisoned beside plain parameters"] = str(error)
+
     # bf16 in the forward and backward pass, float32 weights, state and messages.
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     low = sharded_model(mesh, mp_policy=policy).float()
@@ -165,7 +174,8 @@ def test_the_default_group_is_refused_because_it_would_sum_different_shards(both
 
 def test_a_bad_shard_makes_every_shard_of_every_worker_refuse(both):
     for rank in both[1]:
-        assert "non-finite gradient on worker 1" in rank["said"]["poisoned"]
+        for case in ("poisoned", "poisoned beside plain parameters"):
+            assert "non-finite gradient on worker 1" in rank["said"].get(case, "nothing")
         assert rank["unchanged"]
 
 
