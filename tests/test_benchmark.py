@@ -21,8 +21,17 @@ from pisa_dist.benchmark.methods import BEYOND, METHODS, Method, to_try
 from pisa_dist.benchmark.pool import Pool
 from pisa_dist.benchmark.protocols import LOCAL, ONE_STEP, PROTOCOLS, TUNING_SEED, Cell, split_overrides
 from pisa_dist.benchmark.report import write_report
-from pisa_dist.benchmark.results import Results
-from pisa_dist.benchmark.summary import best_rival, collect, estimate, is_at_least_as_good, regrets, standings, tunings
+from pisa_dist.benchmark.results import Results, curve
+from pisa_dist.benchmark.summary import (
+    best_rival,
+    collect,
+    equal_budget,
+    estimate,
+    is_at_least_as_good,
+    regrets,
+    standings,
+    tunings,
+)
 from pisa_dist.benchmark.worker import execute
 from pisa_dist.data.datasets import TrainTest, digits
 from pisa_dist.runner import load_data
@@ -311,19 +320,20 @@ def test_a_grid_that_is_killed_and_stopped_goes_on_where_it_was_and_reports(tmp_
     assert done.returncode == 0, done.stderr
     assert file.read_bytes().startswith(whole)
     lines = [json.loads(text) for text in file.read_text().splitlines()]
-    assert len(lines) == 3 + 6 + 6
     assert len({tuple(line["overrides"]) for line in lines}) == len(lines)
-    assert Counter((line["method"], line["phase"]) for line in lines) == {
-        ("fedavg", "tune"): 3,
-        ("fedavg", "score"): 6,
-        ("pisa", "score"): 6,
-    }
+    counts = Counter((line["method"], line["phase"]) for line in lines)
+    assert 3 <= counts.pop(("fedavg", "tune")) <= 3 + BEYOND
+    assert counts == {("fedavg", "score"): 6, ("pisa", "score"): 6}
     again = execute(lines[-1]["overrides"])  # by hand, in another process
     timed = {"seconds"}
     assert {k: v for k, v in again.items() if k not in timed} == {
         k: tuplify(v) for k, v in lines[-1].items() if k in again and k not in timed
     }
-    assert [number for number, _ in again["accuracies"]] == [2, 3]
+    points = curve(again)
+    assert [point.round for point in points] == [2, 3]
+    assert points[-1][2:] == (again["passes"], again["bytes_sent"])
+    assert 0 < points[0].passes < points[1].passes
+    assert 0 < points[0].bytes_sent < points[1].bytes_sent
     check_report(tmp_path)
 
 
@@ -333,7 +343,7 @@ def tuplify(value: Any) -> Any:
 
 def check_report(folder: Path) -> None:
     page = (folder / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 1 + 3
     assert "http" not in page  # self-contained
     assert (folder / "figures" / "regret.png").read_bytes().startswith(b"\x89PNG")
     assert "| FedAvg |" in (folder / "table.md").read_text()
@@ -451,6 +461,22 @@ def test_the_summary_is_what_one_computes_by_hand(records: list[dict[str, Any]])
     assert (pisa.num_good, pisa.num_cells, pisa.num_best) == (1, 2, 0)
     assert (found["pisa_tuned"].num_best, found["fedavg"].num_best) == (1, 1)
     assert (found["mifa"].num_failed, found["mifa"].bytes_sent) == (1, 1000)
+
+
+def test_at_equal_bytes_and_passes_every_method_has_spent_what_the_most_frugal_one_has() -> None:
+    lines = [
+        record(CELL, "pisa", 0, 0.8, accuracies=[[2, 0.6, 3.0, 900], [4, 0.8, 4.0, 1000]], passes=4.0),
+        record(
+            CELL, "fedavg", 0, 0.7, accuracies=[[2, 0.5], [4, 0.7]], bytes_sent=500
+        ),  # an older line, 2 passes a round
+        record(CELL, "mifa", 0, None),
+    ]
+    methods = collect(lines, QUICK)[CELL]
+    assert (equal_budget(methods, "bytes_sent"), equal_budget(methods, "passes")) == (500, 4.0)
+    assert methods["pisa"].at("bytes_sent", 950).mean == pytest.approx(0.7)
+    assert methods["fedavg"].at("bytes_sent", 500).mean == pytest.approx(0.7)
+    assert methods["fedavg"].at("passes", 6.0).mean == pytest.approx(0.6)
+    assert methods["mifa"].at("passes", 4.0).half_width is None
 
 
 def test_the_tables_show_means_intervals_and_failures(records: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pisa_dist.benchmark.methods import METHODS, is_ours, label
+from pisa_dist.benchmark.results import Record, curve
 from pisa_dist.benchmark.summary import Scores, estimate, groups, regrets, standings
 from pisa_dist.figures import COLOURS, DOTS_PER_INCH, MARKERS
 
@@ -27,6 +28,12 @@ _STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.7,
     "figure.constrained_layout.use": True,
 }
+# What a point of a curve is drawn over: its label, and the factor on its number.
+AXES = {
+    "round": ("Round", 1.0),
+    "bytes_sent": ("Sent (MB)", 1e-6),
+    "passes": ("Passes over the data", 1.0),
+}
 _OURS, _THEIRS = {"linewidth": 2.4, "zorder": 4}, {"linewidth": 1.2, "zorder": 3}
 
 
@@ -40,7 +47,8 @@ def draw(scores: Scores) -> dict[str, bytes]:
 
     drawings: dict[str, Callable[[], Figure]] = {"regret.png": lambda: _draw_regrets(scores)}
     for name, own in groups(scores).items():
-        drawings[file_name(name)] = partial(_draw_curves, own, _styles(scores))
+        for axis in AXES:
+            drawings[file_name(name, axis)] = partial(_draw_curves, own, _styles(scores), axis)
     pictures = {}
     for name, make in drawings.items():
         with matplotlib.rc_context(_STYLE):
@@ -50,9 +58,10 @@ def draw(scores: Scores) -> dict[str, bytes]:
     return pictures
 
 
-def file_name(group: str) -> str:
-    """The picture of a group of cells."""
-    return f"accuracy_{group.replace(', ', '_').replace(' ', '_')}.png"
+def file_name(group: str, axis: str = "round") -> str:
+    """The picture of a group of cells, with rounds, bytes or passes to the right."""
+    suffix = "" if axis == "round" else f"_by_{axis.removesuffix('_sent')}"
+    return f"accuracy_{group.replace(', ', '_').replace(' ', '_')}{suffix}.png"
 
 
 def _styles(scores: Scores) -> dict[str, dict[str, Any]]:
@@ -69,13 +78,11 @@ def _styles(scores: Scores) -> dict[str, dict[str, Any]]:
     }
 
 
-def _draw_curves(scores: Scores, styles: Mapping[str, dict[str, Any]]) -> "Figure":
-    """Mean test accuracy over the seeds by round, a panel for each cell; 95 % bands of PISA's family."""
+def _draw_curves(scores: Scores, styles: Mapping[str, dict[str, Any]], axis: str) -> "Figure":
+    """Mean test accuracy over the seeds, a panel for each cell; 95 % bands of PISA's family."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    records = [r for methods in scores.values() for score in methods.values() for r in score.ok]
-    by_passes = len({record["rounds"] for record in records}) > 1
     columns = min(3, len(scores))
     rows = math.ceil(len(scores) / columns)
     figure = Figure(figsize=(3.3 * max(2, columns), 2.5 * rows + 1.0))
@@ -87,12 +94,12 @@ def _draw_curves(scores: Scores, styles: Mapping[str, dict[str, Any]]) -> "Figur
         panel.set_title(cell.split)
         for name, score in methods.items():
             if score.ok:
-                levels += _plot_curve(panel, score.ok, by_passes, styles[name], is_ours=is_ours(name))
+                levels += _plot_curve(panel, score.ok, axis, styles[name], is_ours=is_ours(name))
     if levels:  # of the means: the band of a few seeds may be wider than the range of accuracies
         margin = 0.05 * (max(levels) - min(levels)) + 0.5
         panels[0, 0].set_ylim(max(0, min(levels) - margin), min(100, max(levels) + margin))
     for panel in panels[-1]:
-        panel.set_xlabel("Passes over the data" if by_passes else "Round")
+        panel.set_xlabel(AXES[axis][0])
     for panel in panels[:, 0]:
         panel.set_ylabel("Test accuracy (%)")
     styles = {name: style for name, style in styles.items() if any(name in methods for methods in scores.values())}
@@ -104,13 +111,12 @@ def _draw_curves(scores: Scores, styles: Mapping[str, dict[str, Any]]) -> "Figur
 
 
 def _plot_curve(
-    panel: "Axes", records: Sequence[Mapping[str, Any]], by_passes: bool, style: Mapping[str, Any], *, is_ours: bool
+    panel: "Axes", records: Sequence[Record], axis: str, style: Mapping[str, Any], *, is_ours: bool
 ) -> list[float]:
-    rounds = sorted(set.intersection(*({point[0] for point in record["accuracies"]} for record in records)))
-    curves = [dict(map(tuple, record["accuracies"])) for record in records]
-    estimates = [estimate([100 * curve[number] for curve in curves]) for number in rounds]
-    scale = np.mean([record["passes"] / record["rounds"] for record in records]) if by_passes else 1.0
-    position = scale * np.array(rounds)
+    curves = [{point.round: point for point in curve(record)} for record in records]
+    rounds = sorted(set.intersection(*(set(points) for points in curves)))
+    estimates = [estimate([100 * points[number].accuracy for points in curves]) for number in rounds]
+    position = [AXES[axis][1] * np.mean([getattr(points[number], axis) for points in curves]) for number in rounds]
     means = np.array([point.mean for point in estimates])
     panel.plot(position, means, markersize=3.5, **style, **(_OURS if is_ours else _THEIRS))  # type: ignore[arg-type]
     if is_ours and len(records) > 1:

@@ -2,16 +2,16 @@
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from pisa_dist.benchmark.methods import BEYOND, label
-from pisa_dist.benchmark.plots import draw, file_name
-from pisa_dist.benchmark.protocols import PROTOCOLS, TUNING_SEED, VALIDATION_FRACTION, Protocol
+from pisa_dist.benchmark.plots import AXES, draw, file_name
+from pisa_dist.benchmark.protocols import PROTOCOLS, TUNING_SEED, VALIDATION_FRACTION, Cell, Protocol
 from pisa_dist.benchmark.results import Record
-from pisa_dist.benchmark.summary import Score, Scores, collect, groups, standings, tunings
+from pisa_dist.benchmark.summary import Estimate, Score, Scores, collect, equal_budget, groups, standings, tunings
 from pisa_dist.benchmark.tables import Item, Table
 from pisa_dist.figures import byte_unit
 
@@ -103,6 +103,7 @@ def _tables(records: Sequence[Record], scores: Scores, protocol: Protocol | None
     for name, own in groups(scores).items():
         tables.append(_accuracy_table(own, f"{name}: test accuracy after the last round", "last_accuracy"))
         tables.append(_accuracy_table(own, f"{name}: test accuracy in the best evaluated round", "best_accuracy"))
+        tables += [_equal_cost_table(own, name, cost) for cost in ("bytes_sent", "passes")]
     if protocol is not None:
         tables.append(_tuning_table(records, protocol))
     failed = Table("Runs that failed", ("run", "why"), num_text_columns=2)
@@ -137,28 +138,45 @@ def _summary_table(scores: Scores) -> Table:
 
 def _accuracy_table(scores: Scores, title: str, key: str) -> Table:
     """Methods in rows, the splits of one data set and participation in columns."""
-    note = (
-        "Percent, mean over the seeds ± half the 95 % interval (Student's t); bold: the highest mean of the column. "
-        + (
-            "Darker is closer to it."
-            if key == "last_accuracy"
-            else "Of the evaluated rounds; darker is closer to the best."
-        )
+    note = "Percent, mean over the seeds ± half the 95 % interval (Student's t); bold: the highest mean of the column. "
+    note += (
+        "Darker is closer to it."
+        if key == "last_accuracy"
+        else "Of the evaluated rounds; darker is closer to the best."
     )
     table = Table(title, ("method", *(cell.split for cell in scores)), note=note)
-    means = {
-        cell: {name: score.estimate(key).mean for name, score in methods.items() if score.ok}
+    return _filled(table, scores, lambda cell, score: score.estimate(key))
+
+
+def _equal_cost_table(scores: Scores, name: str, cost: str) -> Table:
+    """The same where every method of a cell has spent as much as the most frugal one in all its rounds."""
+    budgets = {cell: equal_budget(methods, cost) for cell, methods in scores.items()}
+    format_ = _bytes if cost == "bytes_sent" else "{:.0f}".format
+    header = (f"{cell.split} ({format_(budgets[cell])})" for cell in scores)
+    what, unit = ("bytes", "bytes sent") if cost == "bytes_sent" else ("passes", "passes over the training data")
+    note = (
+        f"Percent once so many {unit} are spent (in brackets), the most that every method of the cell came to; linear "
+        "between evaluations. A method whose step falls over its rounds is then in the middle of them."
+    )
+    table = Table(f"{name}: test accuracy at equal {what}", ("method", *header), note=note)
+    return _filled(table, scores, lambda cell, score: score.at(cost, budgets[cell]))
+
+
+def _filled(table: Table, scores: Scores, measure: Callable[[Cell, Score], Estimate]) -> Table:
+    found = {
+        cell: {name: measure(cell, score) for name, score in methods.items() if score.ok}
         for cell, methods in scores.items()
     }
-    best = {cell: max(own.values(), default=math.nan) for cell, own in means.items()}
+    best = {cell: max((own.mean for own in methods.values()), default=math.nan) for cell, methods in found.items()}
     for name in dict.fromkeys(name for methods in scores.values() for name in methods):
         row: list[Item | str] = [label(name)]
         for cell, methods in scores.items():
             if name not in methods:
                 row.append("")
                 continue
-            mean = means[cell].get(name, -math.inf)
-            row.append(Item(_accuracy(methods[name], key), _strength(best[cell] - mean), is_best=mean == best[cell]))
+            own = found[cell].get(name)
+            behind = best[cell] - (own.mean if own else -math.inf)
+            row.append(Item(_accuracy(methods[name], own), _strength(behind), is_best=behind == 0))
         table.add(row)
     return table
 
@@ -175,12 +193,11 @@ def _tuning_table(records: Sequence[Record], protocol: Protocol) -> Table:
     return table
 
 
-def _accuracy(score: Score, key: str) -> str:
-    if not score.ok:
+def _accuracy(score: Score, found: Estimate | None) -> str:
+    if found is None:
         return f"failed ({score.num_failed})"
-    mean, half_width = score.estimate(key)
-    text = f"{100 * mean:.1f}" + (f" ± {100 * half_width:.1f}" if half_width is not None else "")
-    return text + (f" ({score.num_failed} failed)" if score.num_failed else "")
+    interval = f" ± {100 * found.half_width:.1f}" if found.half_width is not None else ""
+    return f"{100 * found.mean:.1f}{interval}" + (f" ({score.num_failed} failed)" if score.num_failed else "")
 
 
 def _strength(regret: float) -> float:
@@ -213,6 +230,9 @@ def _body(
         name, _, kind = table.title.partition(": ")
         if kind.endswith("last round"):
             parts.append(picture(file_name(name), f"Test accuracy by round on {name}"))
+        for axis, (what, _) in AXES.items():
+            if kind.endswith(f"at equal {axis.removesuffix('_sent')}"):
+                parts.append(picture(file_name(name, axis), f"Test accuracy on {name}: {what}"))
     example = " ".join(records[-1]["overrides"])
     parts.append(
         "<h2>Repeating a run</h2><p>Every line of <code>results.jsonl</code> holds the overrides of its run; this is "

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 RESULTS, GRID = "results.jsonl", "grid.json"
 TUNE, SCORE = "tune", "score"
@@ -17,6 +17,28 @@ Key = tuple[str, ...]
 def key_of(phase: str, overrides: list[str] | tuple[str, ...]) -> Key:
     """What makes a run the same run: its phase and its overrides, which hold the seed."""
     return (phase, *overrides)
+
+
+class Point(NamedTuple):
+    """An evaluation of a run, and what the run had spent by then."""
+
+    round: int
+    accuracy: float
+    passes: float
+    bytes_sent: float
+
+
+def curve(record: Record) -> list[Point]:
+    """The evaluations of a run.
+
+    Lines written before they kept what was spent have it in proportion to the rounds, as methods whose rounds all cost
+    the same spend it.
+    """
+    points = []
+    for number, accuracy, *spent in record["accuracies"]:
+        share = number / record["rounds"]
+        points.append(Point(number, accuracy, *(spent or (share * record["passes"], share * record["bytes_sent"]))))
+    return points
 
 
 class Results:

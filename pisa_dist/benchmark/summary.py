@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import NamedTuple
 
+import numpy as np
+
 from pisa_dist.benchmark.methods import METHODS, Setting, best, is_ours, to_try
 from pisa_dist.benchmark.protocols import Cell, Protocol
-from pisa_dist.benchmark.results import SCORE, TUNE, Record
+from pisa_dist.benchmark.results import SCORE, TUNE, Record, curve
 
 CONFIDENCE = 0.95
 
@@ -61,6 +63,15 @@ class Score:
         """Mean last accuracy, failed runs counting as 0: what regrets and ranks are made of."""
         return mean(self.by_seed().values())
 
+    def at(self, cost: str, budget: float) -> Estimate:
+        """Accuracy once so many `passes` or `bytes_sent` are spent, linear between evaluations, of the runs in `ok`."""
+        values = []
+        for record in self.ok:
+            points = curve(record)
+            spent = [getattr(point, cost) for point in points]
+            values.append(float(np.interp(budget, spent, [point.accuracy for point in points])))
+        return estimate(values)
+
     def mean_of(self, key: str) -> float:
         """Mean of a number of the runs that did not fail."""
         return mean(record[key] for record in self.ok) if self.ok else math.nan
@@ -94,6 +105,11 @@ def collect(records: Sequence[Record], protocol: Protocol | None) -> Scores:
         cell: dict(sorted(methods.items(), key=lambda item: order.get(item[0], len(order))))
         for cell, methods in scores.items()
     }
+
+
+def equal_budget(methods: Mapping[str, Score], cost: str) -> float:
+    """The most `passes` or `bytes_sent` that every run of a cell came to; NaN where none came to an end."""
+    return min((record[cost] for score in methods.values() for record in score.ok), default=math.nan)
 
 
 def groups(scores: Scores) -> dict[str, Scores]:

@@ -18,11 +18,11 @@ def execute(overrides: Sequence[str]) -> dict[str, Any]:
 
     Returns:
         `status` (ok or failed), `error` (one line or None), `rounds`, `passes`, `bytes_sent`, `seconds`,
-        `accuracies` ([round, accuracy] of every evaluation), `last_accuracy` and `best_accuracy`. A run that fails has
-        the evaluations until then, and None as last and best accuracy.
+        `accuracies` ([round, accuracy, passes, bytes sent] at every evaluation), `last_accuracy` and `best_accuracy`. A
+        run that fails has the evaluations until then, and None as last and best accuracy.
     """
     torch.set_num_threads(1)
-    accuracies: list[tuple[int, float]] = []
+    accuracies: list[tuple[int, float, float, int]] = []
     trainer, error, num_train = None, None, 0
     try:
         config = compose_config(overrides)
@@ -31,7 +31,8 @@ def execute(overrides: Sequence[str]) -> dict[str, Any]:
         trainer = trainer_alone(config, data)
         for number, _, metrics in trainer.run():
             if metrics is not None:
-                accuracies.append((number, float(metrics["test_accuracy"] or 0.0)))
+                spent = (trainer.state.samples_seen / num_train, trainer.state.bytes_sent)
+                accuracies.append((number, float(metrics["test_accuracy"] or 0.0), *spent))
     except Exception as problem:
         error = one_line(problem)
     state = trainer.state if trainer is not None else None
@@ -41,7 +42,7 @@ def execute(overrides: Sequence[str]) -> dict[str, Any]:
         "bytes_sent": state.bytes_sent if state else 0,
         "seconds": round(state.seconds, 3) if state else 0.0,
         "last_accuracy": accuracies[-1][1] if error is None else None,
-        "best_accuracy": max(accuracy for _, accuracy in accuracies) if error is None else None,
+        "best_accuracy": max(point[1] for point in accuracies) if error is None else None,
         "status": "ok" if error is None else "failed",
         "error": error,
         "accuracies": accuracies,
