@@ -516,6 +516,27 @@ def test_a_run_that_is_done_again_counts_once_and_a_damaged_line_is_named(tmp_pa
         results.read()
 
 
+def test_a_grid_takes_data_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_grid_data.py").write_text(
+        "import numpy as np\n\n\n"
+        "def load(size):\n"
+        "    generator = np.random.default_rng(0)\n"
+        "    data = generator.normal(size=(size, 5)), np.arange(size) % 3\n"
+        "    return data, data\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    own = ("data._target_=own_grid_data.load", "+data.size=150", "rounds=2", "model.hidden_sizes=[4]")
+    command = ["heterogeneity", "--data", "custom", "--split", "dirichlet_0.5", "--participation", "0.3", "--jobs", "1"]
+    command += ["--method", "pisa", "--seeds", "1", "--out", str(tmp_path / "out")]
+    for override in own:
+        command += ["--set", override]
+    assert main(command) == 0
+    (line,) = Results(tmp_path / "out").read()
+    assert (line["dataset"], line["status"], line["rounds"]) == ("custom", "ok", 2)
+    assert "data.num_train=10000" not in line["overrides"]
+
+
 def test_ctrl_c_in_the_terminal_is_for_the_parent_alone() -> None:
     with Pool(time.sleep, 1) as pool:
         pool.submit(0)

@@ -13,8 +13,17 @@ LOCAL_STEPS = 20
 LOCAL, ONE_STEP = "local", "one_step"
 """How a method spends a round: several local steps, or one gradient of many samples."""
 
-DATA = ("fashion_mnist", "mnist", "cifar10", "digits")
-MODELS = {"fashion_mnist": "mlp", "mnist": "mlp", "cifar10": "cnn", "digits": "mlp"}
+MODELS = {
+    "fashion_mnist": "mlp",
+    "mnist": "mlp",
+    "cifar10": "cnn",
+    "digits": "mlp",
+    "libsvm": "mlp",
+    "custom": "mlp",
+}
+DATA = tuple(MODELS)
+OWN_DATA = ("libsvm", "custom")
+"""Whose files or function the user names; all samples are taken unless data.num_train is set."""
 SPLITS = {
     "iid": "split=iid",
     "label": "split=label_k split.labels_per_worker={}",
@@ -119,7 +128,7 @@ PROTOCOLS = {
             rounds=30,
             one_step_rounds=30,
             num_train=10_000,
-            num_train_of={"digits": None},
+            num_train_of=dict.fromkeys(("digits", *OWN_DATA)),
         ),
         Protocol(
             name="niid",

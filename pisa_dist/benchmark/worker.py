@@ -1,7 +1,6 @@
 """One run of a benchmark, in one of its processes: overrides in, numbers out, no file."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ import torch
 from pisa_dist.benchmark.pool import one_line
 from pisa_dist.data.datasets import TrainTest
 from pisa_dist.runner import load_data, read_data, trainer_alone
-from pisa_dist.schema import SCHEMAS, DataConfig
+from pisa_dist.schema import DataConfig
 from pisa_dist.train import compose_config
 
 
@@ -66,13 +65,17 @@ def check_run(overrides: Sequence[str]) -> int:
 
 def forget_data() -> None:
     """Give the memory of the last data set back."""
-    _read_once.cache_clear()
+    _last.clear()
+
+
+# Cells come data set by data set: one is remembered.
+_last: dict[str, TrainTest] = {}
 
 
 def _read(data: DataConfig) -> TrainTest:
-    return _read_once(data.name, data.root)
-
-
-@lru_cache(maxsize=1)  # cells come data set by data set
-def _read_once(name: str, root: str | None) -> TrainTest:
-    return read_data(SCHEMAS["data"][name](root=root))
+    files = {key: value for key, value in vars(data).items() if key not in ("num_train", "validation_fraction")}
+    key = repr(sorted(files.items()))
+    if key not in _last:
+        _last.clear()
+        _last[key] = read_data(data)
+    return _last[key]
