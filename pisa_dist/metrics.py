@@ -45,7 +45,7 @@ def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class Evaluation(NamedTuple):
-    """Mean loss in nats and share of correct predictions, over a data set."""
+    """Mean loss in nats and share of correct predictions, over a data set's targets but for the `IGNORED`."""
 
     loss: float
     accuracy: float
@@ -83,7 +83,7 @@ def evaluate(model: nn.Module, tensors: Mapping[str, Tensor], dataset: Dataset, 
             logits = logits_of(functional_call(model, dict(tensors), (dataset.inputs[part],)))
             sums[0] += cross_entropy(logits.double(), targets, reduction="sum")
             sums[1] += (logits.argmax(-1) == targets).sum()
-            sums[2] += targets.numel()
+            sums[2] += (targets != IGNORED).sum()
     consensus.sum_(sums)
-    loss, correct, count = sums.tolist()
-    return Evaluation(loss / count, correct / count)
+    loss, accuracy = (sums[:2] / sums[2]).tolist()
+    return Evaluation(loss, accuracy)

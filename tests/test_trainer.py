@@ -13,6 +13,7 @@ from torch import nn
 from pisa_dist import NSISA, PISA, SISA
 from pisa_dist.algorithms import ALGORITHMS
 from pisa_dist.consensus import AllReduce, InProcess
+from pisa_dist.data.datasets import Dataset
 from pisa_dist.data.sampling import draw_batches
 from pisa_dist.metrics import cross_entropy, evaluate
 from pisa_dist.trainer import TrainingPlan
@@ -305,6 +306,15 @@ def test_evaluation_counts_every_sample_once_whatever_the_slices():
     assert total[2] == 91
     assert (total[0] / 91).item() == pytest.approx(whole.loss, rel=1e-12)
     assert (total[1] / 91).item() == whole.accuracy
+
+
+def test_an_evaluation_leaves_out_the_targets_that_are_to_be_ignored():
+    model, test = small_net(), blobs()
+    part = test.select(range(50))
+    targets = test.targets.clone()
+    targets[50:] = -100
+    found = evaluate(model, {}, Dataset(test.inputs, targets, test.num_classes), consensus=InProcess())
+    assert found == pytest.approx(evaluate(model, {}, part, consensus=InProcess()), rel=1e-12)
 
 
 @pytest.mark.parametrize("fails", [False, True])
