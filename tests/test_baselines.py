@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from problems import make_trainer
+from problems import make_trainer, small_net
 
 from pisa_dist.algorithms import ALGORITHMS
 from pisa_dist.algorithms.base import Round
@@ -291,6 +291,18 @@ def test_diloco_with_outer_lr_1_and_no_momentum_averages_the_local_weights():
             optimizer.step()
         expected += alpha * w.detach().numpy()
     np.testing.assert_allclose(found[0], expected, rtol=1e-12)
+
+
+def test_scaffolds_option_1_takes_no_gradient_beyond_those_of_its_steps():
+    """From equal weights and zero controls its first round is FedAvg's: training loss, batch norm and all."""
+    outcomes, buffers = [], []
+    for algorithm in (ALGORITHMS["fedavg"](lr=0.1), ALGORITHMS["scaffold"](lr=0.1, option=1)):
+        trainer = make_trainer(algorithm, local_steps=3, model=small_net(batch_norm=True))
+        outcomes.append(trainer.run_round().train_loss)
+        buffers.append(trainer.state.buffers)
+    assert outcomes[0] == outcomes[1]
+    assert buffers[1]["1.num_batches_tracked"] == 3
+    assert all(torch.equal(buffers[1][name], value) for name, value in buffers[0].items())
 
 
 def test_scaffolds_message_is_twice_fedavgs():

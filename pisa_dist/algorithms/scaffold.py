@@ -1,6 +1,6 @@
 """SCAFFOLD: local SGD steps corrected by control variates."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -52,10 +52,16 @@ class Scaffold(Algorithm):
         own = {n: kinds["control"] for n, kinds in state.items()}
         common = {n: kinds["control"] for n, kinds in round_.shared.items()}
         correction = {n: common[n] - c for n, c in own.items()}
-        moves = local_sgd(round_, lr=self.lr, correction=lambda _: correction)
-        if self.option == 1:
-            renewed = round_.gradients(round_.stacked_weights(), 0)
-        else:
+        renewed: Tensors = {}
+
+        def gradients(local: Tensors, step: int) -> Tensors:
+            found = round_.gradients(local, step)
+            if self.option == 1 and step == 0:  # the first step is taken at the consensus weights
+                renewed.update(found)
+            return found
+
+        moves = local_sgd(replace(round_, gradients=gradients), lr=self.lr, correction=lambda _: correction)
+        if self.option == 2:
             renewed = {n: -correction[n] - u / (round_.num_local_steps * self.lr) for n, u in moves.items()}
         changes = {n: renewed[n] - c for n, c in own.items()}
         message = weighted_sums(moves, round_.worker_weight)
