@@ -315,6 +315,31 @@ def test_scaffolds_message_is_twice_fedavgs():
     assert sent["scaffold"] - sent["fedavg"] == 3 * 8 * numel
 
 
+def relative_distance(found, expected):
+    return float((found.float() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", ["diloco", "synchronous"])
+def test_second_moments_of_bfloat16_weights_decay_as_those_of_float32_weights_do(name):
+    """.999 v is v again in bfloat16, whose numbers have eight bits."""
+    moments = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        trainer = make_trainer(ALGORITHMS[name](lr=1e-6), num_workers=1, rounds=100, dtype=dtype, eval_every=100)
+        list(trainer.run())
+        state = trainer.state.workers if name == "diloco" else trainer.state.shared
+        moments[dtype] = torch.cat([kinds["exp_avg_sq"].flatten() for kinds in state.values()])
+    assert relative_distance(moments[torch.bfloat16], moments[torch.float32]) < 0.05
+
+
+def test_local_steps_too_small_for_bfloat16_add_up_before_they_are_sent():
+    displacements = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        trainer = make_trainer(ALGORITHMS["mifa"](lr=1e-5), rounds=1, local_steps=20, dtype=dtype)
+        trainer.run_round()
+        displacements[dtype] = trainer.state.workers["2.weight"]["last_update"]
+    assert relative_distance(displacements[torch.bfloat16], displacements[torch.float32]) < 0.05
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
