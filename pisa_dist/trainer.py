@@ -16,7 +16,7 @@ from pisa_dist.data.datasets import Dataset
 from pisa_dist.data.sampling import hosted_workers, num_local_steps, num_present
 from pisa_dist.exchange import LocalRound, Work, make_exchange
 from pisa_dist.faults import describe_weights
-from pisa_dist.gradients import RoundGradients
+from pisa_dist.gradients import RoundGradients, Vectorized
 from pisa_dist.guards import CUT, Footprint, ResidualWatch, explain_out_of_memory
 from pisa_dist.metrics import EVALUATION_BATCH, evaluate
 from pisa_dist.minibatches import Section, ShardPool, Stack
@@ -191,6 +191,12 @@ class Trainer:
             return self.algorithm
         changed: dict[str, Any] = {"lr": factor * vars(self.algorithm)["lr"]}
         return replace(self.algorithm, **changed)
+
+    @property
+    def vectorize_refusal(self) -> str | None:
+        """Why gradients that were to be computed at once were not, in some round that this process ran; else None."""
+        path = self.choice.path
+        return path.refusals[0] if isinstance(path, Vectorized) and path.refusals else None
 
     def _warning(self, loss: float, primal: float | None, dual: float | None) -> str | None:
         """What the log is to say if training diverges; cuts the step where the plan wants it."""
