@@ -1,5 +1,7 @@
 """FedProx, FedNova, SCAFFOLD, FedDyn, MIFA, DiLoCo: against few-line re-statements, and by what defines each."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -13,24 +15,29 @@ STEPS = 4
 
 
 class Quadratics:
-    """F_i(w) = 1/2 (w - c_i)' H_i (w - c_i), very different from worker to worker."""
+    """F_i(w) = 1/2 (w - c_i)' H_i (w - c_i), very different from worker to worker; w may be a matrix, H_i is not."""
 
-    def __init__(self, seed=0):
-        random = np.random.default_rng(seed)
-        factors = random.normal(size=(3, 4, 4))
-        self.hessians = factors @ factors.transpose(0, 2, 1) / 4 + 0.3 * np.eye(4)
-        self.centres = 3 * random.normal(size=(3, 4))
-        self.start = random.normal(size=4)
+    def __init__(self, seed=0, shape=(4,)):
+        random, size = np.random.default_rng(seed), math.prod(shape)
+        factors = random.normal(size=(3, size, size))
+        self.hessians = factors @ factors.transpose(0, 2, 1) / size + 0.3 * np.eye(size)
+        self.centres = 3 * random.normal(size=(3, *shape))
+        self.start = random.normal(size=shape)
 
     def gradient(self, i, w):
-        return self.hessians[i] @ (w - self.centres[i])
+        return (self.hessians[i] @ (w - self.centres[i]).ravel()).reshape(w.shape)
 
     def minimiser(self):
         total = np.einsum("i,ijk->jk", ALPHA, self.hessians)
-        return np.linalg.solve(total, np.einsum("i,ijk,ik->j", ALPHA, self.hessians, self.centres))
+        pulls = np.einsum("i,ijk,ik->j", ALPHA, self.hessians, self.centres.reshape(3, -1))
+        return np.linalg.solve(total, pulls).reshape(self.start.shape)
 
 
-def run(algorithm, problem, rounds, *, present=lambda number: [0, 1, 2], steps=STEPS):
+def everyone(number):
+    return [0, 1, 2]
+
+
+def run(algorithm, problem, rounds, *, present=everyone, steps=STEPS, alpha=ALPHA):
     """The package's method on the quadratics: weights after every round. `steps`: of all, or of each worker."""
     steps = steps if isinstance(steps, list) else [steps] * 3
     weights = {"w": torch.tensor(problem.start)}
@@ -38,7 +45,7 @@ def run(algorithm, problem, rounds, *, present=lambda number: [0, 1, 2], steps=S
     shared = algorithm.init_shared_state(weights)
     counts, num_steps = torch.zeros(2, 3, dtype=torch.int64)
     hessians, centres = torch.tensor(problem.hessians), torch.tensor(problem.centres)
-    alpha = torch.tensor(ALPHA)
+    alpha = torch.tensor(alpha)
     trajectory = []
     for number in range(1, rounds + 1):
         here = present(number)
@@ -48,7 +55,8 @@ def run(algorithm, problem, rounds, *, present=lambda number: [0, 1, 2], steps=S
             rows = [i for i in here if steps[i] == num_local_steps]
 
             def gradients(local, step, rows=rows):
-                return {"w": torch.einsum("ijk,ik->ij", hessians[rows], local["w"] - centres[rows])}
+                away = (local["w"] - centres[rows]).flatten(1)
+                return {"w": torch.einsum("ijk,ik->ij", hessians[rows], away).view_as(local["w"])}
 
             round_ = Round(
                 number=number,
