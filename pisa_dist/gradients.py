@@ -4,6 +4,7 @@ Two paths lead to them, one worker after the other and all of them at once; `vec
 minibatches and agree to rounding.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -64,17 +65,17 @@ class Sequential(GradientPath):
 class Vectorized(GradientPath):
     """All workers at once, by `torch.func.vmap`: for models that do the same to every worker's minibatch.
 
-    A call that vmap refuses after all goes through `Sequential`. It does so whatever happened in the calls before: a
-    resumed run takes the same path as the uninterrupted one.
+    A call that vmap refuses after all goes through `Sequential`, and each new reason is said once in a warning. It does
+    so whatever happened in the calls before: a resumed run takes the same path as the uninterrupted one.
 
     Attributes:
-        refusal: why vmap refused the last call that it did, None if it has refused none.
+        refusals: the different reasons for which vmap has refused a call, in one line each, the first one first.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._sequential = Sequential(model)
-        self.refusal: str | None = None
+        self.refusals: list[str] = []
 
     def __call__(self, weights: Tensors, buffers: Tensors, batch: Minibatches) -> tuple[Tensors, Tensor]:
         """As in `GradientPath`."""
@@ -83,11 +84,21 @@ class Vectorized(GradientPath):
         except Exception as error:  # vmap refuses in many ways; an error of the model's own comes again below
             if is_out_of_memory(error):
                 raise
-            self.refusal = (str(error).splitlines() or [type(error).__name__])[0]
-            return self._sequential(weights, buffers, batch)
+            found = self._sequential(weights, buffers, batch)
+            self._refused((str(error).splitlines() or [type(error).__name__])[0])
+            return found
         for name, value in advanced.items():
             buffers[name].copy_(value)
         return gradients, losses
+
+    def _refused(self, reason: str) -> None:
+        if reason not in self.refusals:
+            self.refusals.append(reason)
+            warnings.warn(
+                "vectorize: one worker after the other after all, and a vain trial in every such call, which "
+                f"vectorize=false saves: {reason}",
+                stacklevel=2,
+            )
 
     def compute(self, weights: Tensors, buffers: Tensors, batch: Minibatches) -> tuple[Tensors, Tensor, Tensors]:
         """Gradients, losses and advanced buffers; changes none of its inputs and passes vmap's errors on."""

@@ -136,7 +136,7 @@ class RankError(RuntimeError):
 
 
 class OutOfMemory(RuntimeError):  # noqa: N818 - reads as what happened, like torch.OutOfMemoryError without its suffix
-    """Memory ran out in a round; one line that says what takes it and which settings take less."""
+    """Memory ran out; one line that says what takes it and which settings take less."""
 
 
 @dataclass(frozen=True)
@@ -144,24 +144,24 @@ class Footprint:
     """What a rank holds while it trains.
 
     Attributes:
-        round_number: the round that failed.
+        moment: what failed, such as "in round 3".
         rank, num_ranks: where.
         num_hosted: workers on this rank.
         num_parameters: trainable numbers of the model.
         bytes_per_parameter: of one of them.
         state_bytes: of all state tensors of the hosted workers.
-        batch_size: samples per worker and step.
+        batch_size: samples per worker and step; None where no minibatch is in memory.
         gathered_workers: workers whose messages a robust consensus gathers; 0 for the sum.
     """
 
-    round_number: int
+    moment: str
     rank: int
     num_ranks: int
     num_hosted: int
     num_parameters: int
     bytes_per_parameter: int
     state_bytes: int
-    batch_size: int
+    batch_size: int | None
     gathered_workers: int = 0
 
     def __str__(self) -> str:
@@ -174,16 +174,16 @@ class Footprint:
         if self.gathered_workers:
             gathered = self.gathered_workers * self.num_parameters * self.bytes_per_parameter
             text += f", the messages of {self.gathered_workers} workers about {_human(2 * gathered)}"
-        return f"{text}, and activations grow with batch_size={self.batch_size}"
+        return text if self.batch_size is None else f"{text}, and activations grow with batch_size={self.batch_size}"
 
     def advice(self) -> str:
         """Settings that take less."""
-        options = ["lower batch_size", "launch more ranks", "lower num_workers"]
-        if self.num_hosted == 1:
-            options = ["lower batch_size", "take a smaller model"]
+        options = [] if self.batch_size is None else ["lower batch_size"]
+        options += ["take a smaller model"] if self.num_hosted == 1 else ["launch more ranks", "lower num_workers"]
         if self.gathered_workers:
             options.append("use consensus=sum")
-        return ", ".join(options[:-1]) + f" or {options[-1]}"
+        *others, last = options
+        return f"{', '.join(others)} or {last}" if others else last
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -211,9 +211,9 @@ def explain_out_of_memory(footprint: Callable[[], Footprint]) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         taken = footprint()
-        where = f"round {taken.round_number}" + (f" on rank {taken.rank}" if taken.num_ranks > 1 else "")
+        where = taken.moment + (f" on rank {taken.rank}" if taken.num_ranks > 1 else "")
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise OutOfMemory(f"out of memory in {where}: {taken}: {taken.advice()} ({reason})") from error
+        raise OutOfMemory(f"out of memory {where}: {taken}: {taken.advice()} ({reason})") from error
 
 
 def _human(num_bytes: float) -> str:

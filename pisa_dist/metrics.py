@@ -1,6 +1,7 @@
 """Loss, accuracy and their evaluation over a data set."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -44,35 +45,45 @@ def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class Evaluation(NamedTuple):
-    """Mean loss in nats and share of correct predictions, over a data set."""
+    """Mean loss in nats and share of correct predictions, over a data set's targets but for the `IGNORED`."""
 
     loss: float
     accuracy: float
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode inside, and afterwards each in its own again, such as a backbone kept in it."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def evaluate(model: nn.Module, tensors: Mapping[str, Tensor], dataset: Dataset, *, consensus: Consensus) -> Evaluation:
     """Mean loss and accuracy of a model over a data set, each rank taking an equal slice of it.
 
     Args:
-        model: called in evaluation mode, with `tensors` in place of its parameters and buffers.
+        model: called in evaluation mode, with `tensors` in place of its parameters and buffers; left in the mode that
+            each of its modules was in.
         tensors: weights and buffers by name.
         dataset: on the model's device; every rank holds all of it.
         consensus: sums over the ranks.
     """
-    was_training = model.training
-    model.eval()
     first = len(dataset) * consensus.rank // consensus.num_ranks
     last = len(dataset) * (consensus.rank + 1) // consensus.num_ranks
     sums = torch.zeros(3, dtype=torch.float64, device=dataset.inputs.device)
-    with torch.no_grad():
+    with torch.no_grad(), evaluation_mode(model):
         for start in range(first, last, EVALUATION_BATCH):
             part = slice(start, min(start + EVALUATION_BATCH, last))
             targets = dataset.targets[part]
             logits = logits_of(functional_call(model, dict(tensors), (dataset.inputs[part],)))
             sums[0] += cross_entropy(logits.double(), targets, reduction="sum")
             sums[1] += (logits.argmax(-1) == targets).sum()
-            sums[2] += targets.numel()
-    model.train(was_training)
+            sums[2] += (targets != IGNORED).sum()
     consensus.sum_(sums)
-    loss, correct, count = sums.tolist()
-    return Evaluation(loss / count, correct / count)
+    loss, accuracy = (sums[:2] / sums[2]).tolist()
+    return Evaluation(loss, accuracy)

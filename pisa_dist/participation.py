@@ -18,6 +18,7 @@ HEADER = ["worker", "start", "end"]
 LATEST = 2**62  # what rounds in a trace lie below
 
 Mask = npt.NDArray[np.bool_]
+Integers = npt.NDArray[np.int64]
 
 
 @dataclass
@@ -88,7 +89,7 @@ class Trace(Presence):
     def __init__(self, file: str, *, num_workers: int, rounds: int) -> None:
         intervals = list(_intervals(Path(file).expanduser(), num_workers))
         self._workers, self._starts, self._ends = np.array(intervals, dtype=np.int64).reshape(-1, 3).T
-        self._num_workers = num_workers
+        self._file, self._num_workers, self._rounds = file, num_workers, rounds
         never = sorted(set(range(num_workers)) - set(self._workers[self._starts <= rounds].tolist()))
         if never:
             raise ValueError(
@@ -101,6 +102,28 @@ class Trace(Presence):
         up = np.zeros(self._num_workers, dtype=np.bool_)
         up[self._workers[(self._starts <= round_number) & (round_number < self._ends)]] = True
         return up
+
+    def check_time(self, needed: Integers) -> None:
+        """Refuse a worker that, even if it sets to work as soon as it is available, is never so when it is done.
+
+        Args:
+            needed: rounds that each worker's local work takes, >= 1, [workers].
+
+        Raises:
+            ValueError: one line that names file, worker and rounds.
+        """
+        first, last = np.full(self._num_workers, LATEST), np.zeros(self._num_workers, dtype=np.int64)
+        within = self._starts <= self._rounds
+        np.minimum.at(first, self._workers, self._starts)
+        np.maximum.at(last, self._workers[within], np.minimum(self._ends[within] - 1, self._rounds))
+        never = np.flatnonzero(first + needed - 1 > last)
+        if never.size:
+            worker = never[0]
+            raise ValueError(
+                f"`availability.file` {self._file!r} must have every worker when its local work is done, worker "
+                f"{worker} takes {needed[worker]} rounds of `clock.period` from round {first[worker]} on and is in "
+                f"none after {last[worker]}"
+            )
 
 
 def _intervals(path: Path, num_workers: int) -> Iterator[tuple[int, int, int]]:

@@ -4,13 +4,10 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from pisa_dist.data.sampling import draw_participants
-from pisa_dist.participation import presence_of
+from pisa_dist.participation import Integers, Trace, presence_of
 from pisa_dist.state import TrainingPlan
-
-Integers = npt.NDArray[np.int64]
 
 IDLE = -1
 
@@ -50,7 +47,7 @@ class Schedule:
         num_steps: local steps of every worker in a round.
 
     Raises:
-        ValueError: trace or speeds do not fit the run, or a worker is too slow to take part ever.
+        ValueError: trace or speeds do not fit the run, or a worker is too slow to take part ever, or nobody ever does.
     """
 
     def __init__(self, plan: TrainingPlan, num_steps: Sequence[int]) -> None:
@@ -70,8 +67,11 @@ class Schedule:
                     f"{needed[slowest]:g} rounds"
                 )
             self._periods = np.maximum(needed, 1).astype(np.int64)
+        if isinstance(self._presence, Trace):
+            self._presence.check_time(self._periods)
         self._start = ScheduledRound(0, [], {}, np.full(num_workers, IDLE), 0.0)
         self._last = self._start
+        self._check_participants()
 
     def at(self, number: int) -> ScheduledRound:
         """What holds in a round; 0 is before the first."""
@@ -83,6 +83,14 @@ class Schedule:
         while self._last.number < number:
             self._last = self._next(self._last)
         return self._last
+
+    def _check_participants(self) -> None:
+        mean_down, rounds = self._plan.availability.mean_down, self._plan.rounds
+        if mean_down is not None and not any(self.at(number).present for number in range(1, rounds + 1)):
+            raise ValueError(
+                f"`availability.mean_down` must let some worker take part within {rounds} rounds, got {mean_down}: "
+                f"none of {len(self._periods)} workers does"
+            )
 
     def _next(self, last: ScheduledRound) -> ScheduledRound:
         number = last.number + 1

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from pisa_dist.data.datasets import Dataset
 from pisa_dist.data.sampling import hosted_workers, num_local_steps, num_present
 from pisa_dist.exchange import LocalRound, Work, make_exchange
 from pisa_dist.faults import describe_weights
-from pisa_dist.gradients import RoundGradients
+from pisa_dist.gradients import RoundGradients, Vectorized
 from pisa_dist.guards import CUT, Footprint, ResidualWatch, explain_out_of_memory
-from pisa_dist.metrics import evaluate
+from pisa_dist.metrics import EVALUATION_BATCH, evaluate
 from pisa_dist.minibatches import Section, ShardPool, Stack
 from pisa_dist.robust import check_consensus
 from pisa_dist.schedule import Schedule, ScheduledRound
@@ -80,31 +81,35 @@ class Trainer:
         ]
         self.algorithm.check_run(num_workers=num_workers, local_steps=max(self._steps))
         self.schedule = Schedule(self.plan, self._steps)
+        self._alpha = torch.tensor(self.worker_weight, dtype=torch.float64)
+        if self.plan.on_divergence == "cut" and "lr" not in vars(self.algorithm):
+            raise ValueError(f"`on_divergence` cut needs a method with an lr, algorithm={self.algorithm.name} has none")
+        self._exchange = make_exchange(
+            self.plan.consensus, self.plan.consensus_trim, consensus=self.consensus, num_workers=num_workers
+        )
+        with explain_out_of_memory(lambda: self._footprint("at the start")):
+            self.state = self._first_state()
+            self._pool = ShardPool([self.shards[worker] for worker in self.hosted])
+        self._device = next(iter(self.state.weights.values())).device
+        self.shards = dict(zip(self.hosted, self._pool.shards, strict=True))
+        self.choice = choose_path(
+            self.model,
+            self.state.weights,
+            self.state.buffers,
+            self._pool,
+            vectorize=self.plan.vectorize,
+            batch_size=self.plan.batch_size,
+        )
+
+    def _first_state(self) -> TrainingState:
         weights = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
-        self.state = TrainingState(
+        return TrainingState(
             weights=weights,
             buffers={n: b.detach().clone() for n, b in self.model.named_buffers()},
             shared=self.algorithm.init_shared_state(weights),
             workers=self.algorithm.init_worker_state(weights, len(self.hosted)),
             num_participations=torch.zeros(len(self.hosted), dtype=torch.int64),
             num_steps=torch.zeros(len(self.hosted), dtype=torch.int64),
-        )
-        self._alpha = torch.tensor(self.worker_weight, dtype=torch.float64)
-        self._device = next(iter(weights.values())).device
-        if self.plan.on_divergence == "cut" and "lr" not in vars(self.algorithm):
-            raise ValueError(f"`on_divergence` cut needs a method with an lr, algorithm={self.algorithm.name} has none")
-        self._exchange = make_exchange(
-            self.plan.consensus, self.plan.consensus_trim, consensus=self.consensus, num_workers=num_workers
-        )
-        self._pool = ShardPool([self.shards[worker] for worker in self.hosted])
-        self.shards = dict(zip(self.hosted, self._pool.shards, strict=True))
-        self.choice = choose_path(
-            self.model,
-            weights,
-            self.state.buffers,
-            self._pool,
-            vectorize=self.plan.vectorize,
-            batch_size=self.plan.batch_size,
         )
 
     def run(self) -> Iterator[tuple[int, RoundOutcome, dict[str, float | int | None] | None]]:
@@ -140,7 +145,8 @@ class Trainer:
         if not present:
             self._count(scheduled, 0)
             return RoundOutcome()
-        with torch.no_grad(), explain_out_of_memory(self._footprint):
+        footprint = partial(self._footprint, f"in round {number}", batch_size=self.plan.batch_size)
+        with torch.no_grad(), explain_out_of_memory(footprint):
             chosen = set(present)
             present_weight = float(self._alpha[list(present)].sum())
             local = LocalRound(
@@ -186,6 +192,12 @@ class Trainer:
         changed: dict[str, Any] = {"lr": factor * vars(self.algorithm)["lr"]}
         return replace(self.algorithm, **changed)
 
+    @property
+    def vectorize_refusal(self) -> str | None:
+        """Why gradients that were to be computed at once were not, in some round that this process ran; else None."""
+        path = self.choice.path
+        return path.refusals[0] if isinstance(path, Vectorized) and path.refusals else None
+
     def _warning(self, loss: float, primal: float | None, dual: float | None) -> str | None:
         """What the log is to say if training diverges; cuts the step where the plan wants it."""
         if self.plan.on_divergence == "ignore":
@@ -205,7 +217,9 @@ class Trainer:
     def evaluate(self, outcome: RoundOutcome) -> dict[str, float | int | None]:
         """The metrics line of the round that `outcome` belongs to; `train_loss` is the mean since the last line."""
         state = self.state
-        test = evaluate(self.model, {**state.weights, **state.buffers}, self.test, consensus=self.consensus)
+        moment = f"in the evaluation after round {state.round_number}, {EVALUATION_BATCH:,} samples at a time"
+        with explain_out_of_memory(lambda: self._footprint(moment)):
+            test = evaluate(self.model, {**state.weights, **state.buffers}, self.test, consensus=self.consensus)
         train_loss = state.loss_sum / state.loss_rounds if state.loss_rounds else None
         line: dict[str, float | int | None] = {
             "round": state.round_number,
@@ -324,17 +338,19 @@ class Trainer:
             self._rows(rows), self._alpha_of(rows), round_number=self.state.round_number + 1
         )
 
-    def _footprint(self) -> Footprint:
-        weights = self.state.weights.values()
+    def _footprint(self, moment: str, batch_size: int | None = None) -> Footprint:
+        # On the device "meta" tensors have sizes and no memory: what is asked for may be what could not be had.
+        parameters = {n: p.detach().to("meta") for n, p in self.model.named_parameters() if p.requires_grad}
+        workers = self.algorithm.init_worker_state(parameters, len(self.hosted))
         return Footprint(
-            round_number=self.state.round_number + 1,
+            moment=moment,
             rank=self.consensus.rank,
             num_ranks=self.consensus.num_ranks,
             num_hosted=len(self.hosted),
-            num_parameters=sum(w.numel() for w in weights),
-            bytes_per_parameter=max(w.element_size() for w in weights),
-            state_bytes=sum(v.nbytes for kinds in self.state.workers.values() for v in kinds.values()),
-            batch_size=self.plan.batch_size,
+            num_parameters=sum(p.numel() for p in parameters.values()),
+            bytes_per_parameter=max(p.element_size() for p in parameters.values()),
+            state_bytes=sum(v.nbytes for kinds in workers.values() for v in kinds.values()),
+            batch_size=batch_size,
             gathered_workers=len(self.shard_sizes) if self.plan.consensus != "sum" else 0,
         )
 

@@ -1,7 +1,8 @@
 """Whether the gradients of many workers are computed at once or one worker after the other, and for how many at a time.
 
-The choice is a rule and not a race: it depends on model, device and batch size alone, so that a run that is resumed, or
-repeated on a busy machine, is the same to the last bit. `benchmarks/simulation` holds the measurements behind it.
+The choice is a rule and not a race: it depends on model, device, batch size, the number of workers that this process
+hosts and their two largest shards. A run that is resumed on as many ranks, or repeated on a busy machine, is then the
+same to the last bit. `benchmarks/simulation` holds the measurements behind it.
 """
 
 import copy

@@ -77,6 +77,14 @@ class TestContract:
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         assert all(torch.equal(message[key], value) for key, value in local.message.items())
 
+    def test_bfloat16_weights_stay_so_and_have_float32_state(self, name):
+        trainer = make_trainer(method(name), rounds=2, dtype=torch.bfloat16)
+        list(trainer.run())
+        assert {w.dtype for w in trainer.state.weights.values()} == {torch.bfloat16}
+        state = [*trainer.state.workers.values(), *trainer.state.shared.values()]
+        kept = [value.dtype for kinds in state for value in kinds.values() if value.is_floating_point()]
+        assert set(kept) <= {torch.float32}
+
     def test_a_rank_without_present_workers_sends_zeros_of_the_right_shape(self, name):
         algorithm = method(name)
         weights = {"w": torch.randn(3, 2, dtype=torch.float64), "b": torch.randn(2, dtype=torch.float64)}

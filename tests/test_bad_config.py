@@ -234,6 +234,12 @@ BAD_SETTINGS: dict[str, tuple[str, ...]] = {
     "availability.mean_down=2": ("`availability.mean_up` must be given", "`availability.mean_down`"),
     "availability.file=/no/such.csv": ("`availability.file`", "'/no/such.csv'"),
     "availability.file=a.csv availability.mean_up=2": ("`availability.mean_up` must be null", "'a.csv'"),
+    "availability.mean_up=1 availability.mean_down=1e9 rounds=50": (
+        "`availability.mean_down`",
+        "within 50 rounds",
+        "1000000000.0",
+        "none of 10 workers",
+    ),
     "availability.mean_up=2 availability.mean_down=2 consensus=median": ("`consensus` must be sum", "availability"),
     "clock.speeds=[1,2]": ("`clock.speeds`", "each of 10 workers", "2"),
     "clock.speeds=[1] clock.speed_spread=2 num_workers=1": ("`clock.speed_spread` must be null", "`clock.speeds`"),

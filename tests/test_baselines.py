@@ -1,9 +1,11 @@
 """FedProx, FedNova, SCAFFOLD, FedDyn, MIFA, DiLoCo: against few-line re-statements, and by what defines each."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
-from problems import make_trainer
+from problems import make_trainer, small_net
 
 from pisa_dist.algorithms import ALGORITHMS
 from pisa_dist.algorithms.base import Round
@@ -13,24 +15,29 @@ STEPS = 4
 
 
 class Quadratics:
-    """F_i(w) = 1/2 (w - c_i)' H_i (w - c_i), very different from worker to worker."""
+    """F_i(w) = 1/2 (w - c_i)' H_i (w - c_i), very different from worker to worker; w may be a matrix, H_i is not."""
 
-    def __init__(self, seed=0):
-        random = np.random.default_rng(seed)
-        factors = random.normal(size=(3, 4, 4))
-        self.hessians = factors @ factors.transpose(0, 2, 1) / 4 + 0.3 * np.eye(4)
-        self.centres = 3 * random.normal(size=(3, 4))
-        self.start = random.normal(size=4)
+    def __init__(self, seed=0, shape=(4,)):
+        random, size = np.random.default_rng(seed), math.prod(shape)
+        factors = random.normal(size=(3, size, size))
+        self.hessians = factors @ factors.transpose(0, 2, 1) / size + 0.3 * np.eye(size)
+        self.centres = 3 * random.normal(size=(3, *shape))
+        self.start = random.normal(size=shape)
 
     def gradient(self, i, w):
-        return self.hessians[i] @ (w - self.centres[i])
+        return (self.hessians[i] @ (w - self.centres[i]).ravel()).reshape(w.shape)
 
     def minimiser(self):
         total = np.einsum("i,ijk->jk", ALPHA, self.hessians)
-        return np.linalg.solve(total, np.einsum("i,ijk,ik->j", ALPHA, self.hessians, self.centres))
+        pulls = np.einsum("i,ijk,ik->j", ALPHA, self.hessians, self.centres.reshape(3, -1))
+        return np.linalg.solve(total, pulls).reshape(self.start.shape)
 
 
-def run(algorithm, problem, rounds, *, present=lambda number: [0, 1, 2], steps=STEPS):
+def everyone(number):
+    return [0, 1, 2]
+
+
+def run(algorithm, problem, rounds, *, present=everyone, steps=STEPS, alpha=ALPHA):
     """The package's method on the quadratics: weights after every round. `steps`: of all, or of each worker."""
     steps = steps if isinstance(steps, list) else [steps] * 3
     weights = {"w": torch.tensor(problem.start)}
@@ -38,7 +45,7 @@ def run(algorithm, problem, rounds, *, present=lambda number: [0, 1, 2], steps=S
     shared = algorithm.init_shared_state(weights)
     counts, num_steps = torch.zeros(2, 3, dtype=torch.int64)
     hessians, centres = torch.tensor(problem.hessians), torch.tensor(problem.centres)
-    alpha = torch.tensor(ALPHA)
+    alpha = torch.tensor(alpha)
     trajectory = []
     for number in range(1, rounds + 1):
         here = present(number)
@@ -48,7 +55,8 @@ def run(algorithm, problem, rounds, *, present=lambda number: [0, 1, 2], steps=S
             rows = [i for i in here if steps[i] == num_local_steps]
 
             def gradients(local, step, rows=rows):
-                return {"w": torch.einsum("ijk,ik->ij", hessians[rows], local["w"] - centres[rows])}
+                away = (local["w"] - centres[rows]).flatten(1)
+                return {"w": torch.einsum("ijk,ik->ij", hessians[rows], away).view_as(local["w"])}
 
             round_ = Round(
                 number=number,
@@ -293,6 +301,18 @@ def test_diloco_with_outer_lr_1_and_no_momentum_averages_the_local_weights():
     np.testing.assert_allclose(found[0], expected, rtol=1e-12)
 
 
+def test_scaffolds_option_1_takes_no_gradient_beyond_those_of_its_steps():
+    """From equal weights and zero controls its first round is FedAvg's: training loss, batch norm and all."""
+    outcomes, buffers = [], []
+    for algorithm in (ALGORITHMS["fedavg"](lr=0.1), ALGORITHMS["scaffold"](lr=0.1, option=1)):
+        trainer = make_trainer(algorithm, local_steps=3, model=small_net(batch_norm=True))
+        outcomes.append(trainer.run_round().train_loss)
+        buffers.append(trainer.state.buffers)
+    assert outcomes[0] == outcomes[1]
+    assert buffers[1]["1.num_batches_tracked"] == 3
+    assert all(torch.equal(buffers[1][name], value) for name, value in buffers[0].items())
+
+
 def test_scaffolds_message_is_twice_fedavgs():
     sent = {}
     for name in ("fedavg", "scaffold"):
@@ -301,6 +321,31 @@ def test_scaffolds_message_is_twice_fedavgs():
         sent[name] = trainer.state.bytes_sent
     numel = sum(w.numel() for w in trainer.state.weights.values())
     assert sent["scaffold"] - sent["fedavg"] == 3 * 8 * numel
+
+
+def relative_distance(found, expected):
+    return float((found.float() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", ["diloco", "synchronous"])
+def test_second_moments_of_bfloat16_weights_decay_as_those_of_float32_weights_do(name):
+    """.999 v is v again in bfloat16, whose numbers have eight bits."""
+    moments = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        trainer = make_trainer(ALGORITHMS[name](lr=1e-6), num_workers=1, rounds=100, dtype=dtype, eval_every=100)
+        list(trainer.run())
+        state = trainer.state.workers if name == "diloco" else trainer.state.shared
+        moments[dtype] = torch.cat([kinds["exp_avg_sq"].flatten() for kinds in state.values()])
+    assert relative_distance(moments[torch.bfloat16], moments[torch.float32]) < 0.05
+
+
+def test_local_steps_too_small_for_bfloat16_add_up_before_they_are_sent():
+    displacements = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        trainer = make_trainer(ALGORITHMS["mifa"](lr=1e-5), rounds=1, local_steps=20, dtype=dtype)
+        trainer.run_round()
+        displacements[dtype] = trainer.state.workers["2.weight"]["last_update"]
+    assert relative_distance(displacements[torch.bfloat16], displacements[torch.float32]) < 0.05
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,33 @@ def test_a_worker_that_is_done_while_away_takes_part_when_it_is_back(tmp_path):
     assert [schedule.at(number).fetched for number in range(1, 6)] == [{0: 0}, {0: 1}, {0: 2}, {0: 3, 1: 0}, {0: 4}]
 
 
+@pytest.mark.parametrize(("last", "is_refused"), [(5, True), (6, False), (50, False)])
+def test_a_worker_that_a_trace_takes_away_before_its_work_is_done_is_refused(tmp_path, last, is_refused):
+    """Worker 1 takes three rounds and is there from the fourth on: it is done in the sixth at the earliest."""
+    file = tmp_path / "trace.csv"
+    file.write_text(f"worker,start,end\n0,1,100\n1,4,5\n1,{last},{last + 1}\n1,200,300\n")
+    clock, availability = Clock(speeds=[1.0, 0.4], period=1.0), Availability(file=str(file))
+    if not is_refused:
+        schedule = schedule_of(clock, [1, 1], availability=availability)
+        assert schedule.at(last).fetched == {0: last - 1, 1: 3}
+        return
+    words = (
+        r"^`availability\.file` '.*' must have every worker when its local work is done, worker 1 takes 3 rounds of "
+        r"`clock\.period` from round 4 on and is in none after 5$"
+    )
+    with pytest.raises(ValueError, match=words):
+        schedule_of(clock, [1, 1], availability=availability)
+
+
+def test_a_worker_that_the_draw_passes_over_until_it_is_too_late_is_no_mistake(tmp_path):
+    """Two workers need two rounds, and are there for two: the one that is not drawn in the first never takes part."""
+    file = tmp_path / "trace.csv"
+    file.write_text("worker,start,end\n0,1,3\n1,1,3\n")
+    clock, availability = Clock(speeds=[0.5, 0.5], period=1.0), Availability(file=str(file))
+    schedule = schedule_of(clock, [1, 1], participation=0.5, rounds=2, availability=availability)
+    assert [len(schedule.at(number).present) for number in (1, 2)] == [0, 1]
+
+
 def test_without_a_period_a_round_lasts_as_long_as_its_slowest_participant():
     schedule = schedule_of(Clock(speeds=[1.0, 0.5, 4.0]), [4, 3, 2], participation=0.34)
     seconds = 0.0

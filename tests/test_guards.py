@@ -2,14 +2,17 @@
 
 import copy
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from harness import run_ranks
 from problems import make_trainer, small_net
+from test_algorithms import SETTINGS
 from torch import nn
 
+import pisa_dist.trainer
 from pisa_dist.algorithms import ALGORITHMS
 from pisa_dist.algorithms.pisa import Pisa
 from pisa_dist.checkpoint import Checkpointer, load, newest
@@ -304,8 +307,40 @@ def test_memory_that_runs_out_in_a_round_is_one_line_that_says_what_takes_it(err
     assert torch.equal(trainer.state.weights["0.weight"], before.weights["0.weight"])
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_memory_that_does_not_suffice_for_the_workers_state_is_one_line_too(name, monkeypatch):
+    kind = ALGORITHMS[name]
+    original = kind.init_worker_state
+
+    def fail(self, parameters, num_workers):
+        if next(iter(parameters.values())).device.type != "meta":
+            raise MemoryError
+        return original(self, parameters, num_workers)
+
+    tensors = {"sisa": 2, "feddyn": 1, "diloco": 2, "fedavg": 0}
+    monkeypatch.setattr(kind, "init_worker_state", fail)
+    with pytest.raises(OutOfMemory) as caught:
+        make_trainer(kind(**SETTINGS[name]), num_workers=5)
+    message = str(caught.value)
+    words = rf"out of memory at the start: 5 workers x 67 parameters x \({tensors.get(name, '.*')} state tensors, .*"
+    assert re.fullmatch(words + r"take about .*B: launch more ranks or lower num_workers \(MemoryError\)", message)
+
+
+def test_memory_that_runs_out_in_an_evaluation_is_one_line_too(monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    trainer = make_trainer(ALGORITHMS["sisa"](), num_workers=1, eval_every=2)
+    monkeypatch.setattr(pisa_dist.trainer, "evaluate", fail)
+    with pytest.raises(OutOfMemory) as caught:
+        list(trainer.run())
+    message = str(caught.value)
+    assert message.startswith("out of memory in the evaluation after round 2, 1,024 samples at a time: 1 workers x 67")
+    assert message.endswith(": take a smaller model (CUDA out of memory.)")
+
+
 def test_what_the_allocator_of_this_torch_says_is_understood():
-    footprint = Footprint(3, 1, 4, 1, 10**9, 4, 8 * 10**9, 64, gathered_workers=10)
+    footprint = Footprint("in round 3", 1, 4, 1, 10**9, 4, 8 * 10**9, 64, gathered_workers=10)
     with pytest.raises(OutOfMemory) as caught, explain_out_of_memory(lambda: footprint):
         torch.empty(10**15)
     message = str(caught.value)

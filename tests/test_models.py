@@ -30,6 +30,14 @@ def anything(**options: Any) -> nn.Module:
     return nn.Linear(options["width"], 2)
 
 
+def pretrained() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 4), nn.Dropout(), nn.Linear(4, 2)).eval()
+
+
+def with_frozen_backbone() -> nn.Module:
+    return nn.Sequential(pretrained(), nn.Linear(2, 2))
+
+
 def not_a_model() -> OrderedDict[str, int]:
     return OrderedDict()
 
@@ -132,6 +140,17 @@ def test_registry_builds_modules_that_know_nothing_of_this_package() -> None:
         "torch.nn.Linear", {"in_features": 8, "out_features": 2}, input_shape=[8], num_classes=2, seed=0
     )
     assert isinstance(model, nn.Linear)
+
+
+def test_a_model_that_comes_in_evaluation_mode_as_a_whole_is_put_into_training_mode() -> None:
+    model = build_model(f"{__name__}.pretrained", {}, input_shape=[8], num_classes=2, seed=0)
+    assert all(module.training for module in model.modules())
+
+
+def test_a_part_that_comes_in_evaluation_mode_stays_in_it() -> None:
+    model = build_model(f"{__name__}.with_frozen_backbone", {}, input_shape=[8], num_classes=2, seed=0)
+    assert [module.training for module in model.children()] == [False, True]
+    assert model.training
 
 
 def test_initial_weights_depend_on_the_seed_alone() -> None:

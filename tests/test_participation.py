@@ -1,6 +1,7 @@
 """Workers that are away: traces, the on/off process, and rounds in which nobody is there."""
 
 import copy
+import time
 
 import numpy as np
 import pytest
@@ -114,6 +115,26 @@ def test_participation_draws_among_the_available_and_one_at_least():
         assert len(present) == (max(1, round(0.3 * len(available))) if available else 0)
         counts.add(len(present))
     assert {0, 1, 2} <= counts
+
+
+def test_a_run_in_which_nobody_ever_takes_part_is_refused_and_one_with_a_single_participant_is_not():
+    rare = Availability(mean_up=1.0, mean_down=2000.0)
+    presence = OnOff(1.0, 2000.0, num_workers=3, seed=0)
+    first = next(number for number in range(1, 10**5) if presence.at(number).any())
+    assert 1 < first < 1000
+    assert schedule_of(3, rounds=first, availability=rare).at(first).present
+    words = (
+        rf"^`availability\.mean_down` must let some worker take part within {first - 1} rounds, got 2000\.0: none of 3"
+    )
+    with pytest.raises(ValueError, match=words):
+        schedule_of(3, rounds=first - 1, availability=rare)
+
+
+def test_an_empty_run_of_a_thousand_workers_and_rounds_is_refused_at_once():
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match="none of 1000 workers"):
+        schedule_of(1000, rounds=1000, availability=Availability(mean_up=1.0, mean_down=1e9))
+    assert time.perf_counter() - started < 3
 
 
 def test_with_everyone_available_the_draw_is_the_one_without_availability():

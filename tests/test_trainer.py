@@ -1,6 +1,7 @@
 """The trainer: the same trajectory on every layout, the same equations as the optimizer, refused rounds, buffers."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from pisa_dist import NSISA, PISA, SISA
 from pisa_dist.algorithms import ALGORITHMS
 from pisa_dist.consensus import AllReduce, InProcess
+from pisa_dist.data.datasets import Dataset
 from pisa_dist.data.sampling import draw_batches
 from pisa_dist.metrics import cross_entropy, evaluate
 from pisa_dist.trainer import TrainingPlan
@@ -309,6 +311,39 @@ def test_evaluation_counts_every_sample_once_whatever_the_slices():
     assert total[2] == 91
     assert (total[0] / 91).item() == pytest.approx(whole.loss, rel=1e-12)
     assert (total[1] / 91).item() == whole.accuracy
+
+
+def test_an_evaluation_leaves_out_the_targets_that_are_to_be_ignored():
+    model, test = small_net(), blobs()
+    part = test.select(range(50))
+    targets = test.targets.clone()
+    targets[50:] = -100
+    found = evaluate(model, {}, Dataset(test.inputs, targets, test.num_classes), consensus=InProcess())
+    assert found == pytest.approx(evaluate(model, {}, part, consensus=InProcess()), rel=1e-12)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_evaluation_leaves_every_module_in_the_mode_that_it_was_in(fails):
+    model, test = small_net(batch_norm=True, dropout=0.5), blobs()
+    model[1].eval()
+    tensors = {"0.weight": torch.zeros(8, 5, dtype=torch.float64)} if fails else {}
+    with pytest.raises(RuntimeError) if fails else nullcontext():
+        evaluate(model, tensors, test, consensus=InProcess())
+    assert [module.training for module in model] == [True, False, True, True, True]
+    assert model.training
+
+
+def test_a_backbone_kept_in_evaluation_mode_trains_alike_however_often_it_is_evaluated():
+    def final(eval_every):
+        model = small_net(batch_norm=True)
+        model[1].eval()
+        trainer = make_trainer(ALGORITHMS["fedavg"](lr=0.1), model=model, rounds=4, eval_every=eval_every)
+        list(trainer.run())
+        return {**trainer.state.weights, **trainer.state.buffers}
+
+    often, once = final(1), final(4)
+    assert all(torch.equal(often[name], value) for name, value in once.items())
+    assert often["1.num_batches_tracked"] == 0
 
 
 def test_more_local_steps_are_refused_where_the_method_communicates_after_each_gradient():

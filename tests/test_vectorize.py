@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 from itertools import pairwise
 
 import numpy as np
@@ -92,7 +93,7 @@ def test_all_workers_at_once_equal_one_after_the_other(name, participation, dtyp
     found, expected = finish(at_once), finish(one_by_one)
     # Newton-Schulz steps multiply rounding where a matrix is nearly singular.
     assert_equal_runs(found, expected, state_factor=10.0 if name == "nsisa" else 1.0, **TOLERANCES[dtype])
-    assert at_once.choice.path.refusal is None, "every call went through vmap"
+    assert at_once.vectorize_refusal is None, "every call went through vmap"
     if dtype == torch.float32:
         assert any(not torch.equal(found[0][n], v) for n, v in expected[0].items()), "two ways round differently"
 
@@ -106,7 +107,7 @@ def test_batch_norm_buffers_of_all_workers_at_once_equal_those_of_one_after_the_
     found, expected = finish(runs[0]), finish(runs[1])
     assert_equal_runs(found, expected, rtol=1e-11, atol=1e-12)
     assert expected[0]["1.num_batches_tracked"].item() == 12
-    assert runs[0].choice.path.refusal is None
+    assert runs[0].vectorize_refusal is None
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn", "embedding"])
@@ -149,7 +150,7 @@ def test_a_parameter_that_the_loss_does_not_reach_has_a_zero_gradient():
 
     trainer = uneven_trainer("sisa", "true", model=Unused())
     list(trainer.run())
-    assert trainer.choice.path.refusal is None
+    assert trainer.vectorize_refusal is None
     assert torch.equal(trainer.state.weights["spare"], torch.ones(2, dtype=torch.float64))
 
 
@@ -262,13 +263,37 @@ def test_a_call_that_vmap_refuses_after_all_goes_through_the_other_path_alone():
     nets = [RandomLater(), RandomLater()]
     trainers = [uneven_trainer("fedavg", v, model=n) for v, n in zip(("true", "false"), nets, strict=True)]
     assert isinstance(trainers[0].choice.path, Vectorized)
-    for number in range(4):
+    for number in range(5):
         for trainer, net in zip(trainers, nets, strict=True):
             net.rounds = number
-            trainer.run_round()
-        assert (trainers[0].choice.path.refusal is None) == (number < 2)
+            is_first = trainer is trainers[0] and number == 2
+            # Once: a further warning would be an error.
+            with pytest.warns(UserWarning, match="^vectorize: .*random") if is_first else nullcontext() as said:
+                trainer.run_round()
+            if is_first:
+                assert len(said) == 1
+                assert "\n" not in str(said[0].message)
+        assert (trainers[0].vectorize_refusal is None) == (number < 2)
+        assert trainers[1].vectorize_refusal is None
+    assert "random" in trainers[0].vectorize_refusal
     for name, value in trainers[1].state.weights.items():
         torch.testing.assert_close(trainers[0].state.weights[name], value, **TOLERANCES[torch.float64])
+
+
+class FailsLater(RandomLater):
+    def forward(self, inputs):
+        if self.rounds:
+            raise RuntimeError("of the model's own")
+        return self.net(inputs)
+
+
+def test_a_model_that_fails_by_itself_is_no_refusal():
+    net = FailsLater()
+    trainer = uneven_trainer("fedavg", "true", model=net)
+    net.rounds = 1
+    with pytest.raises(RuntimeError, match="of the model's own"):
+        trainer.run_round()
+    assert trainer.vectorize_refusal is None
 
 
 def choice_for(model, inputs, vectorize="auto", num_workers=5, batch_size=32):

@@ -1,7 +1,9 @@
 """Metrics of the consensus: P in w <- w + kappa sum_i alpha_i u_i + (sigma P)^-1 sum_i alpha_i pi_i.
 
 Every rank can apply P to what the all-reduce has returned, so it costs no byte and is computed once and not per worker.
-At the fixed point sum_i alpha_i pi_i = 0, and so is the step, whatever P is: the fixed point stays exact.
+At the fixed point sum_i alpha_i pi_i = 0, and so is the step, whatever P is: the fixed point stays exact. The steps of
+the diagonal metric shrink on the way there. Those of Muon's and of the Kronecker metric keep their length: with a
+constant sigma the weights stay about a step, 1/sigma, away, and come to rest as sigma grows.
 """
 
 from abc import ABC, abstractmethod

@@ -65,6 +65,14 @@ class Round:
         """The consensus weights as every present worker's own copy, [workers, *shape], without copying memory."""
         return {name: w.expand(len(self.worker_weight), *w.shape) for name, w in self.weights.items()}
 
+    def gradients_at(self, local: Tensors, step: int) -> Tensors:
+        """The gradients of a local step, [workers, *shape], taken at `local` in the weights' type and given in its own.
+
+        Local weights are kept in the `state_dtype` of the weights: in bfloat16 most steps would round to nothing.
+        """
+        rounded = {name: w.to(self.weights[name].dtype) for name, w in local.items()}
+        return {name: g.to(local[name].dtype) for name, g in self.gradients(rounded, step).items()}
+
 
 class LocalResult(NamedTuple):
     """Outcome of the local work of the present workers on this rank."""
@@ -185,10 +193,29 @@ def weighted_sums(values: Tensors, worker_weight: Tensor) -> Tensors:
     return {name: weighted_sum(value, worker_weight) for name, value in values.items()}
 
 
+def stacked_state(parameters: Tensors, num_workers: int, *kinds: str) -> State:
+    """Zeros in `state_dtype` for new workers, [num_workers, *shape] for each parameter and kind."""
+    return {
+        n: {kind: p.new_zeros((num_workers, *p.shape), dtype=state_dtype(p.dtype)) for kind in kinds}
+        for n, p in parameters.items()
+    }
+
+
+def shared_state(parameters: Tensors, kind: str) -> State:
+    """Zeros in `state_dtype`, [*shape] for each parameter."""
+    return {n: {kind: torch.zeros_like(p, dtype=state_dtype(p.dtype))} for n, p in parameters.items()}
+
+
+def in_state_dtype(tensors: Tensors) -> Tensors:
+    """Every tensor in the `state_dtype` of its own, by name; without a copy where that is the same."""
+    return {name: t.to(state_dtype(t.dtype)) for name, t in tensors.items()}
+
+
 def moved_by_mean(round_: Round, message_sum: Tensors, *, factor: float = 1.0) -> Tensors:
     """w + factor sum_i alpha_i u_i / sum_i alpha_i over the present workers, for message_sum = sum_i alpha_i u_i."""
     scale = factor / round_.present_weight
-    return {name: w + scale * message_sum[name].to(w.dtype) for name, w in round_.weights.items()}
+    moves = {name: scale * message_sum[name].to(state_dtype(w.dtype)) for name, w in round_.weights.items()}
+    return {name: (w + moves[name]).to(w.dtype) for name, w in round_.weights.items()}
 
 
 def squared_distance(displacements: Tensors, worker_weight: Tensor) -> Tensor:

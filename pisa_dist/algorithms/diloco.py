@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from pisa_dist.algorithms.base import (
     Algorithm,
     ConsensusResult,
@@ -12,7 +10,10 @@ from pisa_dist.algorithms.base import (
     State,
     Tensors,
     column,
+    in_state_dtype,
+    shared_state,
     squared_distance,
+    stacked_state,
     weighted_sums,
 )
 
@@ -47,22 +48,19 @@ class DiLoCo(Algorithm):
     outer_momentum: float = 0.9
 
     def init_worker_state(self, parameters: Tensors, num_workers: int) -> State:  # noqa: D102 - as in Algorithm
-        return {
-            n: {kind: p.new_zeros((num_workers, *p.shape)) for kind in ("exp_avg", "exp_avg_sq")}
-            for n, p in parameters.items()
-        }
+        return stacked_state(parameters, num_workers, "exp_avg", "exp_avg_sq")
 
     def init_shared_state(self, parameters: Tensors) -> State:  # noqa: D102 - as in Algorithm
-        return {n: {"momentum_buffer": torch.zeros_like(p)} for n, p in parameters.items()}
+        return shared_state(parameters, "momentum_buffer")
 
     def local_work(self, round_: Round, state: State) -> LocalResult:
         """AdamW (Loshchilov, Hutter, ICLR 2019); a worker's step count goes on from its earlier rounds."""
         first, second = self.first_moment_decay, self.second_moment_decay
-        start = round_.stacked_weights()
+        start = in_state_dtype(round_.stacked_weights())
         local, memory = start, state
         for step in range(round_.num_local_steps):
             count = round_.num_steps_before + step + 1
-            gradients = round_.gradients(local, step)
+            gradients = round_.gradients_at(local, step)
             memory = {
                 n: {
                     "exp_avg": first * kinds["exp_avg"] + (1 - first) * gradients[n],
@@ -83,8 +81,9 @@ class DiLoCo(Algorithm):
     def consensus(self, round_: Round, message_sum: Tensors, shared: State) -> ConsensusResult:  # noqa: D102
         weights, new_shared = {}, {}
         for n, w in round_.weights.items():
-            descent = -message_sum[n].to(w.dtype) / round_.present_weight
-            momentum = self.outer_momentum * shared[n]["momentum_buffer"] + descent
-            weights[n] = w - self.outer_lr * (self.outer_momentum * momentum + descent)
+            buffer = shared[n]["momentum_buffer"]
+            descent = -message_sum[n].to(buffer.dtype) / round_.present_weight
+            momentum = self.outer_momentum * buffer + descent
+            weights[n] = (w - self.outer_lr * (self.outer_momentum * momentum + descent)).to(w.dtype)
             new_shared[n] = {"momentum_buffer": momentum}
         return ConsensusResult(weights, new_shared)

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from pisa_dist.algorithms.base import (
     Algorithm,
     ConsensusResult,
@@ -12,7 +10,9 @@ from pisa_dist.algorithms.base import (
     State,
     Tensors,
     moved_by_mean,
+    shared_state,
     squared_distance,
+    stacked_state,
     weighted_sums,
 )
 from pisa_dist.algorithms.local_sgd import local_sgd
@@ -40,10 +40,10 @@ class FedDyn(Algorithm):
     regularization: float = 0.1
 
     def init_worker_state(self, parameters: Tensors, num_workers: int) -> State:  # noqa: D102 - as in Algorithm
-        return {n: {"gradient_memory": p.new_zeros((num_workers, *p.shape))} for n, p in parameters.items()}
+        return stacked_state(parameters, num_workers, "gradient_memory")
 
     def init_shared_state(self, parameters: Tensors) -> State:  # noqa: D102 - as in Algorithm
-        return {n: {"gradient_memory": torch.zeros_like(p)} for n, p in parameters.items()}
+        return shared_state(parameters, "gradient_memory")
 
     def local_work(self, round_: Round, state: State) -> LocalResult:  # noqa: D102 - as in Algorithm
         memory = {n: kinds["gradient_memory"] for n, kinds in state.items()}
@@ -62,5 +62,5 @@ class FedDyn(Algorithm):
             for n, kinds in shared.items()
         }
         mean = moved_by_mean(round_, message_sum)
-        weights = {n: w - memory[n] / self.regularization for n, w in mean.items()}
+        weights = {n: (w - memory[n] / self.regularization).to(w.dtype) for n, w in mean.items()}
         return ConsensusResult(weights, {n: {"gradient_memory": h} for n, h in memory.items()})

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from pisa_dist.algorithms.base import Round, Tensors
+from pisa_dist.algorithms.base import Round, Tensors, in_state_dtype
 
 
 def local_sgd(
@@ -15,7 +15,7 @@ def local_sgd(
     weight_decay: float = 0.0,
     correction: Callable[[Tensors], Tensors] | None = None,
 ) -> Tensors:
-    """Every present worker's displacement w_i - w after the round's local steps, stacked.
+    """Every present worker's displacement w_i - w after the round's local steps, stacked, in `state_dtype`.
 
     From w_i = w and b = 0, `num_local_steps` times:
         b <- mu b + g(w_i) + weight_decay w_i + correction(w_i),   w_i <- w_i - lr b
@@ -27,11 +27,11 @@ def local_sgd(
         weight_decay: L2 coefficient >= 0.
         correction: (local weights) -> what a method adds to the gradient, stacked by name.
     """
-    start = round_.stacked_weights()
+    start = in_state_dtype(round_.stacked_weights())
     local = start
     velocity: Tensors = {}
     for step in range(round_.num_local_steps):
-        direction = round_.gradients(local, step)
+        direction = round_.gradients_at(local, step)
         if weight_decay:
             direction = {n: torch.add(g, local[n], alpha=weight_decay) for n, g in direction.items()}
         if correction is not None:

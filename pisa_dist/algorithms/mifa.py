@@ -11,7 +11,9 @@ from pisa_dist.algorithms.base import (
     Round,
     State,
     Tensors,
+    in_state_dtype,
     squared_distance,
+    stacked_state,
     weighted_sum,
     weighted_sums,
 )
@@ -35,7 +37,7 @@ class Mifa(Algorithm):
     lr: float = 0.05
 
     def init_worker_state(self, parameters: Tensors, num_workers: int) -> State:  # noqa: D102 - as in Algorithm
-        return {n: {"last_update": p.new_zeros((num_workers, *p.shape))} for n, p in parameters.items()}
+        return stacked_state(parameters, num_workers, "last_update")
 
     def local_work(self, round_: Round, state: State) -> LocalResult:  # noqa: D102 - as in Algorithm
         moves = local_sgd(round_, lr=self.lr)
@@ -47,4 +49,5 @@ class Mifa(Algorithm):
         return {n: weighted_sum(kinds["last_update"], worker_weight) for n, kinds in state.items()}
 
     def consensus(self, round_: Round, message_sum: Tensors, shared: State) -> ConsensusResult:  # noqa: D102
-        return ConsensusResult({n: w + message_sum[n].to(w.dtype) for n, w in round_.weights.items()}, shared)
+        moves = in_state_dtype(message_sum)
+        return ConsensusResult({n: (w + moves[n]).to(w.dtype) for n, w in round_.weights.items()}, shared)

@@ -1,8 +1,6 @@
 """SCAFFOLD: local SGD steps corrected by control variates."""
 
-from dataclasses import dataclass
-
-import torch
+from dataclasses import dataclass, replace
 
 from pisa_dist.algorithms.base import (
     Algorithm,
@@ -11,8 +9,11 @@ from pisa_dist.algorithms.base import (
     Round,
     State,
     Tensors,
+    in_state_dtype,
     moved_by_mean,
+    shared_state,
     squared_distance,
+    stacked_state,
     weighted_sums,
 )
 from pisa_dist.algorithms.local_sgd import local_sgd
@@ -43,19 +44,25 @@ class Scaffold(Algorithm):
     option: int = 2
 
     def init_worker_state(self, parameters: Tensors, num_workers: int) -> State:  # noqa: D102 - as in Algorithm
-        return {n: {"control": p.new_zeros((num_workers, *p.shape))} for n, p in parameters.items()}
+        return stacked_state(parameters, num_workers, "control")
 
     def init_shared_state(self, parameters: Tensors) -> State:  # noqa: D102 - as in Algorithm
-        return {n: {"control": torch.zeros_like(p)} for n, p in parameters.items()}
+        return shared_state(parameters, "control")
 
     def local_work(self, round_: Round, state: State) -> LocalResult:  # noqa: D102 - as in Algorithm
         own = {n: kinds["control"] for n, kinds in state.items()}
         common = {n: kinds["control"] for n, kinds in round_.shared.items()}
         correction = {n: common[n] - c for n, c in own.items()}
-        moves = local_sgd(round_, lr=self.lr, correction=lambda _: correction)
-        if self.option == 1:
-            renewed = round_.gradients(round_.stacked_weights(), 0)
-        else:
+        renewed: Tensors = {}
+
+        def gradients(local: Tensors, step: int) -> Tensors:
+            found = round_.gradients(local, step)
+            if self.option == 1 and step == 0:  # the first step is taken at the consensus weights
+                renewed.update(in_state_dtype(found))
+            return found
+
+        moves = local_sgd(replace(round_, gradients=gradients), lr=self.lr, correction=lambda _: correction)
+        if self.option == 2:
             renewed = {n: -correction[n] - u / (round_.num_local_steps * self.lr) for n, u in moves.items()}
         changes = {n: renewed[n] - c for n, c in own.items()}
         message = weighted_sums(moves, round_.worker_weight)

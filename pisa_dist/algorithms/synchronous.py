@@ -14,6 +14,7 @@ from pisa_dist.algorithms.base import (
     Round,
     State,
     Tensors,
+    in_state_dtype,
     weighted_sum,
 )
 
@@ -84,8 +85,11 @@ class Synchronous(Algorithm):
         return LocalResult(state, {n: weighted_sum(g, round_.worker_weight) for n, g in gradients.items()})
 
     def consensus(self, round_: Round, message_sum: Tensors, shared: State) -> ConsensusResult:
-        """One step of the torch optimizer, whose state is rebuilt from `shared`, so that nothing is kept here."""
-        parameters = {name: nn.Parameter(w.clone()) for name, w in round_.weights.items()}
+        """One step of the torch optimizer, whose state is rebuilt from `shared`, so that nothing is kept here.
+
+        It steps on the weights in `state_dtype`, and so keeps its moments in that.
+        """
+        parameters = {n: nn.Parameter(w.clone()) for n, w in in_state_dtype(round_.weights).items()}
         for name, parameter in parameters.items():
             parameter.grad = message_sum[name].to(parameter.dtype) / round_.present_weight
         optimizers = self._optimizers(list(parameters.values()))
@@ -98,4 +102,5 @@ class Synchronous(Algorithm):
             for name, parameter in members.items():
                 memory = optimizer.state[parameter]
                 new_shared[name] = {kind: v for kind, v in memory.items() if isinstance(v, Tensor)}
-        return ConsensusResult({n: p.detach() for n, p in parameters.items()}, new_shared)
+        weights = {n: p.detach().to(round_.weights[n].dtype) for n, p in parameters.items()}
+        return ConsensusResult(weights, new_shared)

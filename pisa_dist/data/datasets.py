@@ -43,7 +43,8 @@ class Dataset:
     """Samples of a classification problem, in memory.
 
     Attributes:
-        inputs: features, float32, shape [n, *input_shape].
+        inputs: features, shape [n, *input_shape]: float32 as read, in the run's type (`dtype`) once loaded for it;
+            integers, such as token numbers, are of the caller's making and stay so.
         targets: classes, int64, shape [n], in 0..num_classes-1.
         num_classes: C >= 1.
     """

@@ -58,7 +58,9 @@ def build_model(
         seed: any integer that torch takes as a seed.
 
     Returns:
-        The module, in training mode.
+        The module, in training mode: one that comes in evaluation mode as a whole, as from a `from_pretrained`, is put
+        into it; one of which some modules come in training mode is left as it is, so that a part may stay in
+        evaluation mode.
 
     Raises:
         ValueError: as `check_model`; or the callable refuses its arguments, or returns something that is not
@@ -83,6 +85,8 @@ def build_model(
         raise ValueError(f"`model._target_` {target} must return a torch.nn.Module, got {type(model).__name__}")
     if not any(weight.requires_grad and weight.is_floating_point() for weight in model.parameters()):
         raise ValueError(f"`model._target_` {target} returned a module without a trainable parameter")
+    if not any(module.training for module in model.modules()):
+        model.train()
     return model
 
 

@@ -29,9 +29,9 @@ class ResNet20(nn.Module):
     Args:
         input_shape: [channels, height, width], any size.
         num_classes: number of outputs, one logit a class.
-        norm: "group" (8 groups, the default) or "batch". Batch norm keeps running statistics of the batches
-            that it saw; workers whose data differ disagree about them, and they are not parameters, so the
-            consensus does not reconcile them.
+        norm: "group" (8 groups, the default) or "batch". Batch norm trains on the statistics of each worker's own
+            minibatch, and where the data differ from worker to worker these do. Its running statistics, which
+            evaluation uses, are averaged over the present workers at each consensus and are nobody's own.
     """
 
     def __init__(self, input_shape: Sequence[int], num_classes: int, norm: str = "group") -> None:
