@@ -4,7 +4,6 @@
 """
 
 import argparse
-import hashlib
 import json
 import os
 import pickle
@@ -27,6 +26,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
+from pisa_dist import checksums
+from pisa_dist.checksums import seal
 from pisa_dist.consensus import ConsensusError
 from pisa_dist.snapshot import (
     Flat,
@@ -41,7 +42,7 @@ from pisa_dist.snapshot import (
 )
 from pisa_dist.trainer import Trainer
 
-CONTENTS, CHECKSUMS = "contents.json", "checksums.json"
+CONTENTS = "contents.json"
 UNFINISHED, REPLACED = ".unfinished", "-replaced"
 METADATA = ".metadata"
 
@@ -170,8 +171,7 @@ class Checkpointer:
         if not self._is_first:
             return None
         try:
-            sums = {file.name: _digest(file) for file in sorted(unfinished.iterdir())}
-            _write_durably(unfinished / CHECKSUMS, json.dumps(sums))
+            seal(unfinished)
             if path.exists():  # a resumed run has come to this round again: never be without a whole one
                 os.replace(path, path.with_name(f"{path.name}{REPLACED}{UNFINISHED}"))
             os.replace(unfinished, path)
@@ -208,20 +208,7 @@ def _round(path: Path) -> int:
 
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, by their checksums; None if nothing is."""
-    try:
-        sums = json.loads((path / CHECKSUMS).read_text())
-        for name in (CONTENTS, METADATA):
-            if name not in sums:
-                return f"{CHECKSUMS} has no line for {name}"
-        for name, expected in sums.items():
-            file = path / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if _digest(file) != expected:
-                return f"{name} is damaged ({file.stat().st_size} bytes, its checksum differs)"
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        return f"{CHECKSUMS} cannot be read ({error})"
-    return None
+    return checksums.damage(path, required=(CONTENTS, METADATA))
 
 
 def newest(directory: Path) -> Path | None:
@@ -377,18 +364,6 @@ def _read(path: Path, keys: Sequence[str], *, alone: bool = False) -> Flat:
 def _last_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _write_durably(file: Path, text: str) -> None:
-    with file.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def run(config: Config, resolved: Mapping[str, Any]) -> Path:
         RankError: this rank of several met a ValueError while it trained.
         FloatingPointError: a non-finite gradient, with on_nonfinite=raise.
         ConsensusError: another rank has stopped.
-        OutOfMemory: a round needs more than the device has; says what takes it.
+        OutOfMemory: training or evaluation needs more than the device has; says what takes it.
         Preempted: the run was asked to stop, and has written a checkpoint.
     """
     consensus = make_consensus()
@@ -323,6 +323,6 @@ def _facts(config: Config, trainer: Trainer, num_train: int) -> dict[str, Any]:
         "bytes_sent": state.bytes_sent,
         "wall_seconds": state.seconds,
         "seed": config.seed,
-        "vectorized": trainer.choice.reason is None,
-        "vectorized_why_not": trainer.choice.reason,
+        "vectorized": trainer.choice.reason is None and trainer.vectorize_refusal is None,
+        "vectorized_why_not": trainer.choice.reason or trainer.vectorize_refusal,
     }

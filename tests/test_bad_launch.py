@@ -15,7 +15,7 @@ import torch
 from test_bad_config import run_main
 from test_cli import LAUNCHERS_OWN, execute, train
 
-from pisa_dist import checkpoint, runner
+from pisa_dist import checkpoint, checksums, runner
 from pisa_dist.distributed import require_own_devices
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -304,7 +304,7 @@ BAD_CONTENTS: dict[str, tuple[object, str]] = {
 
 def forge(path: Path, name: str, content: bytes) -> None:
     (path / name).write_bytes(content)
-    sums = {file.name: checkpoint._digest(file) for file in path.iterdir() if file.name != "checksums.json"}
+    sums = {file.name: checksums._digest(file) for file in path.iterdir() if file.name != "checksums.json"}
     (path / "checksums.json").write_text(json.dumps(sums))
 
 

@@ -34,7 +34,7 @@ LAYERS = (
     ("schedule", "vectorize"),
     ("exchange",),
     ("trainer",),
-    ("snapshot", "figures", "preemption"),
+    ("snapshot", "checksums", "figures", "preemption"),
     ("checkpoint", "seeds"),
     ("report", "rundir"),
     ("schema",),

@@ -80,15 +80,15 @@ class Net(nn.Module):
         self.is_here = RANK == on_rank
         if event == "kill in a checkpoint":
             self.event = None
-            calls, write = [], checkpoint._write_durably
+            calls, seal = [], checkpoint.seal
 
-            def write_or_die(file, text):
-                calls.append(file)
+            def seal_or_die(folder):
+                calls.append(folder)
                 if len(calls) == at_call:
                     send(signal.SIGKILL)
-                write(file, text)
+                seal(folder)
 
-            checkpoint._write_durably = write_or_die
+            checkpoint.seal = seal_or_die
 
     def forward(self, inputs):
         if self.training:
