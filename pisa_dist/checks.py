@@ -88,6 +88,7 @@ RANGES: dict[str, Range] = {
     "seed": Range(0, 2**32 - 1, high_included=True, integer=True),
     "eval_every": _count(),
     "every": _count(0),
+    "every_seconds": Range(0.0),
     "keep_last": _count(),
     "max_seconds": _positive(),
     "timeout_seconds": Range(1.0),

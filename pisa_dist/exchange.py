@@ -15,6 +15,7 @@ from pisa_dist.data.sampling import hosted_workers
 from pisa_dist.faults import Fault, describe_faults, describe_overflow, fault_scalars
 from pisa_dist.gradients import RoundGradients
 from pisa_dist.robust import robust_rule
+from pisa_dist.state import Wishes
 
 
 class Work(NamedTuple):
@@ -40,7 +41,7 @@ class LocalRound:
         standing_message: the method's, for some rows.
         worker_weight: alpha_i of all workers, float64 on the CPU.
         buffers: the consensus buffers.
-        is_stopping: whether this rank was asked to stop.
+        wishes: of this rank.
     """
 
     works: Sequence[Work]
@@ -52,7 +53,7 @@ class LocalRound:
     standing_message: Callable[[Sequence[int]], Tensors]
     worker_weight: Tensor
     buffers: Tensors
-    is_stopping: bool
+    wishes: Wishes
 
     @property
     def message_names(self) -> list[str]:
@@ -65,11 +66,11 @@ class LocalRound:
         return next((work.gradients.fault for work in self.works if work.gradients.fault is not None), None)
 
     def scalars(self) -> list[float]:
-        """Faults, weighted training loss and wish to stop; every rank wants their sums over the ranks."""
+        """Faults, weighted training loss and wishes; every rank wants their sums over the ranks."""
         loss = 0.0
         for work in self.works:
             loss += float(work.gradients.loss_sums @ work.round_.worker_weight) / work.round_.num_local_steps
-        return [*fault_scalars(self.fault), loss, float(self.is_stopping)]
+        return [*fault_scalars(self.fault), loss, *map(float, self.wishes)]
 
     def contribution(self, work: Work, *, counting_worker: int | None = None) -> list[Tensor]:
         """What some workers add to the sums over all: message, changes of the buffers, squared primal residual.
@@ -112,7 +113,7 @@ class Exchanged(NamedTuple):
         buffers: change of each buffer that is exchanged.
         loss: training loss, averaged over the present workers.
         primal_square: sum_i alpha_i ||w_i - w||^2, None where it has no meaning.
-        is_stopping: whether any rank was asked to stop.
+        wishes: what any rank wishes.
         num_bytes: of all workers' messages.
         problem: why the round must be refused, None if it need not.
     """
@@ -121,7 +122,7 @@ class Exchanged(NamedTuple):
     buffers: Tensors
     loss: float
     primal_square: float | None
-    is_stopping: bool
+    wishes: Wishes
     num_bytes: int
     problem: str | None
 
@@ -262,14 +263,14 @@ def _difference(new: Tensor, old: Tensor) -> Tensor:
 
 def _outcome(local: LocalRound, total: MessageBuffer, scalars: Sequence[float], *, num_bytes: int) -> Exchanged:
     """Take apart `total`, which holds what `LocalRound.contribution` lists, and the summed scalars."""
-    *faults, loss, num_stopping = scalars
+    *faults, loss, num_stopping, num_saving = scalars
     tensors = iter(total.tensors)
     return Exchanged(
         message={name: next(tensors) for name in local.message_names},
         buffers={name: next(tensors) for name in exchanged_buffers(local.buffers)},
         loss=loss / local.present_weight,
         primal_square=None if local.works[0].result.primal_residual is None else float(next(tensors)),
-        is_stopping=num_stopping > 0,
+        wishes=Wishes(num_stopping > 0, num_saving > 0),
         num_bytes=num_bytes,
         problem=describe_faults(faults, local.fault, list(local.works[0].round_.weights))
         or describe_overflow(total.flat, loss),

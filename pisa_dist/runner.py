@@ -21,7 +21,7 @@ from pisa_dist.data.splits import SPLITS
 from pisa_dist.distributed import launched_ranks, on_every_rank, on_first_rank, require_same, select_device
 from pisa_dist.guards import RankError
 from pisa_dist.models import build_model
-from pisa_dist.preemption import Preempted, StopRequest
+from pisa_dist.preemption import Preempted, SaveTimer, StopRequest
 from pisa_dist.progress import Progress
 from pisa_dist.report import draw_run
 from pisa_dist.rundir import RunDirectory
@@ -35,7 +35,7 @@ from pisa_dist.schema import (
     WandbTracking,
     target_arguments,
 )
-from pisa_dist.state import TrainingPlan
+from pisa_dist.state import TrainingPlan, Wishes
 from pisa_dist.tracking import NoTracker, Tracker, make_tracker
 from pisa_dist.trainer import Trainer
 
@@ -70,7 +70,8 @@ def run(config: Config, resolved: Mapping[str, Any]) -> Path:
         before = on_every_rank(lambda: None if source is None else checkpoint.read_contents(source)["num_workers"])
         parts = on_every_rank(lambda: split_data(config, data.train, before))
         trainer = _make_trainer(config, data, parts, consensus)
-        trainer.stop_requested = stop
+        timer = SaveTimer(config.checkpoint.every_seconds if consensus.rank == 0 else 0.0)
+        trainer.wishes = lambda: Wishes(stop(), timer.is_due())
         if source is not None:
             checkpoint.load(trainer, source, resize=config.checkpoint.resize)
         if consensus.rank == 0:
@@ -88,8 +89,9 @@ def run(config: Config, resolved: Mapping[str, Any]) -> Path:
                 )
         trackers: list[Tracker] = []
         on_first_rank(lambda: trackers.append(_make_tracker(config, files.path, resolved)))
+        tracker = trackers[0] if trackers else NoTracker()
         try:
-            _train(config, trainer, files, *(trackers or [NoTracker()]), num_train=len(data.train))
+            _train(config, trainer, files, tracker, timer, num_train=len(data.train))
         except ValueError as error:
             if consensus.num_ranks > 1:
                 raise RankError(str(error)) from error
@@ -97,10 +99,12 @@ def run(config: Config, resolved: Mapping[str, Any]) -> Path:
     return files.path
 
 
-def _train(config: Config, trainer: Trainer, files: RunDirectory, tracker: Tracker, *, num_train: int) -> None:
+def _train(
+    config: Config, trainer: Trainer, files: RunDirectory, tracker: Tracker, timer: SaveTimer, *, num_train: int
+) -> None:
     is_first = trainer.consensus.rank == 0
     every, number = config.checkpoint.every, trainer.state.round_number
-    is_stopped = False
+    is_stopped, has_saved = False, every > 0
     checkpointer = checkpoint.Checkpointer(
         files.path / "checkpoints",
         keep_last=config.checkpoint.keep_last,
@@ -121,9 +125,13 @@ def _train(config: Config, trainer: Trainer, files: RunDirectory, tracker: Track
                 files.append_metrics(metrics)
                 tracker.log(metrics)
                 progress.evaluated(metrics)
-            is_stopped = outcome.stopped and number < config.rounds
-            if is_stopped or (every and (number % every == 0 or number == config.rounds)):
+            is_last = number == config.rounds
+            is_stopped = outcome.wishes.stop and not is_last
+            is_due = outcome.wishes.save or (every and number % every == 0)
+            if is_stopped or is_due or (is_last and has_saved):
                 checkpointer.save(trainer)
+                timer.restart()
+                has_saved = True
         is_saved = checkpointer.close()
     tracker.finish()
     if is_stopped and not is_saved:

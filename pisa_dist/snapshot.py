@@ -34,13 +34,15 @@ Flat = dict[str, Tensor]
 
 @dataclass
 class CheckpointConfig:
-    """`every`: rounds from one checkpoint to the next, 0 for none but the one that a stopped run writes.
+    """`every`: rounds from one checkpoint to the next; `every_seconds`: seconds from one to the next; 0 for none.
 
+    With both 0 only a stopped run writes one. A run that has written any writes one at its end.
     `keep_last` whole ones are kept; `asynchronous` writes them while training goes on; `resize` says what to do when
     `num_workers` has changed at a resume: refuse, resplit (deal the data anew) or drop (the removed workers' data).
     """
 
     every: int = 0
+    every_seconds: float = 600.0
     keep_last: int = 3
     asynchronous: bool = True
     resize: str = "refuse"

@@ -1,7 +1,7 @@
 """What a run is told and what it remembers: plan, state, and the outcome of a round."""
 
 from dataclasses import dataclass, field, fields
-from typing import Self
+from typing import NamedTuple, Self
 
 from torch import Tensor
 
@@ -85,11 +85,21 @@ class TrainingPlan:
         return cls(**{f.name: getattr(config, f.name) for f in fields(cls)})
 
 
+class Wishes(NamedTuple):
+    """What a rank may ask of all for the end of a round: that the run stops, that a checkpoint is written."""
+
+    stop: bool = False
+    save: bool = False
+
+
+NO_WISHES = Wishes()
+
+
 @dataclass(frozen=True)
 class RoundOutcome:
     """What the log wants to know of one round: `problem` says why it was refused, `warning` that training diverges.
 
-    `train_loss` is None where nobody took part.
+    `train_loss` is None where nobody took part. `wishes` are those of any rank, the same on each.
     """
 
     train_loss: float | None = None
@@ -98,4 +108,4 @@ class RoundOutcome:
     dual_residual: float | None = None
     problem: str | None = None
     warning: str | None = None
-    stopped: bool = False
+    wishes: Wishes = NO_WISHES

@@ -22,7 +22,7 @@ from pisa_dist.metrics import EVALUATION_BATCH, evaluate
 from pisa_dist.minibatches import Section, ShardPool, Stack
 from pisa_dist.robust import check_consensus
 from pisa_dist.schedule import Schedule, ScheduledRound
-from pisa_dist.state import RoundOutcome, TrainingPlan, TrainingState
+from pisa_dist.state import RoundOutcome, TrainingPlan, TrainingState, Wishes
 from pisa_dist.vectorize import Choice, choose_path
 
 
@@ -44,7 +44,7 @@ class Trainer:
         worker_weight: alpha_i of every worker, summing to 1.
         plan: what to run.
         consensus: how ranks communicate.
-        stop_requested: asked on every rank in every round; once it is true on any, all stop after that round.
+        wishes: asked on every rank in every round; what any rank wishes holds for all: a stop after the round.
 
     Attributes:
         hosted: numbers of the workers of this rank; a row of their stacked state is a place in it.
@@ -61,7 +61,7 @@ class Trainer:
     worker_weight: Sequence[float]
     plan: TrainingPlan
     consensus: Consensus
-    stop_requested: Callable[[], bool] = lambda: False
+    wishes: Callable[[], Wishes] = Wishes
     hosted: range = field(init=False)
     state: TrainingState = field(init=False)
     choice: Choice = field(init=False)
@@ -135,7 +135,7 @@ class Trainer:
             if metrics is not None:
                 metrics["seconds"] = self.state.seconds
             yield self.state.round_number, outcome, metrics
-            if outcome.stopped:
+            if outcome.wishes.stop:
                 return
 
     def run_round(self) -> RoundOutcome:
@@ -159,7 +159,7 @@ class Trainer:
                 standing_message=self._standing_message,
                 worker_weight=self._alpha,
                 buffers=self.state.buffers,
-                is_stopping=self.stop_requested(),
+                wishes=self.wishes(),
             )
             total = self._exchange(local)
             problem, result = total.problem, None
@@ -168,7 +168,7 @@ class Trainer:
                 round_ = replace(local.works[0].round_, weights=self.state.weights)
                 result = self.method.consensus(round_, total.message, self.state.shared)
                 problem = describe_weights(result.weights)
-            outcome = RoundOutcome(total.loss, problem=problem, stopped=total.is_stopping)
+            outcome = RoundOutcome(total.loss, problem=problem, wishes=total.wishes)
             if problem is not None and self.plan.on_nonfinite == "raise":
                 raise FloatingPointError(f"{problem} in round {number}: the weights of round {number - 1} are kept")
             self._count(scheduled, total.num_bytes)

@@ -224,7 +224,7 @@ def test_seven_workers_on_any_number_of_ranks_equal_one_process_with_one_gather_
 def test_an_absent_worker_is_asked_for_its_dual_once_it_has_taken_part():
     trainer = with_rule(make_trainer(METHODS["sisa"], num_workers=7, participation=0.5), "median")
     trainer.run_round()
-    width = sum(w.numel() for w in trainer.state.weights.values()) + 7
+    width = sum(w.numel() for w in trainer.state.weights.values()) + 8
     assert trainer.state.bytes_sent == 4 * 8 * width, "four present workers and nobody seen before"
     first = trainer.state.num_participations.bool()
     duals = trainer.state.workers["0.weight"]["dual"].clone()

@@ -621,3 +621,28 @@ def test_a_kill_between_the_two_renames_of_a_checkpoint_that_is_written_again_lo
     newest.rename(newest.with_name("round_000012-replaced.unfinished"))
     checkpoint.Checkpointer(newest.parent).close()
     assert checkpoint.newest(tmp_path / "run") == newest
+
+
+def test_by_default_a_run_writes_a_checkpoint_whenever_so_much_time_has_passed(tmp_path: Path, here: TrainHere) -> None:
+    common = [override for override in COMMON if not override.startswith("checkpoint.")]
+    assert here(*common, ROUNDS, "run_dir=short") == 0
+    assert not (tmp_path / "short/checkpoints").exists()
+    assert here(*common, ROUNDS, "run_dir=long", "checkpoint.every_seconds=1e-6", "checkpoint.keep_last=4") == 0
+    names = [path.name for path in checkpoint.complete(tmp_path / "long")]
+    assert names == ["round_000012", "round_000011", "round_000010", "round_000009"]
+    assert here(*common, ROUNDS, "run_dir=never", "checkpoint.every_seconds=0") == 0
+    assert not (tmp_path / "never/checkpoints").exists()
+
+
+def test_the_time_to_the_next_checkpoint_begins_with_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(preemption.time, "monotonic", lambda: now[0])
+    timer, never = preemption.SaveTimer(10.0), preemption.SaveTimer(0.0)
+    for moment, is_due in ((109.0, False), (110.0, True), (115.0, True)):
+        now[0] = moment
+        assert (timer.is_due(), never.is_due()) == (is_due, False)
+    timer.restart()
+    now[0] = 124.0
+    assert not timer.is_due()
+    now[0] = 125.0
+    assert timer.is_due()

@@ -16,6 +16,7 @@ from pisa_dist.consensus import AllReduce, InProcess
 from pisa_dist.data.datasets import Dataset
 from pisa_dist.data.sampling import draw_batches
 from pisa_dist.metrics import cross_entropy, evaluate
+from pisa_dist.state import Wishes
 from pisa_dist.trainer import TrainingPlan
 
 pytestmark = pytest.mark.timeout(300)
@@ -215,7 +216,7 @@ def test_bytes_are_those_of_one_message_per_participant():
     trainer = make_trainer(ALGORITHMS["sisa"](), num_workers=4, rounds=2, participation=0.5, dtype=torch.float32)
     trainer.run_round()
     numel = sum(p.numel() for p in trainer.model.parameters())
-    assert trainer.state.bytes_sent == 2 * 4 * (numel + 6)
+    assert trainer.state.bytes_sent == 2 * 4 * (numel + 7)
 
 
 def count_collectives(rank, num_ranks):
@@ -235,7 +236,7 @@ def count_collectives(rank, num_ranks):
 
 def test_a_round_is_one_all_reduce_of_one_parameter_sized_buffer():
     for calls, numel in run_ranks(count_collectives, 2):
-        assert calls == [numel + 6] * 3
+        assert calls == [numel + 7] * 3
 
 
 def test_float32_workers_train_in_float32_and_bfloat16_weights_keep_float32_duals():
@@ -246,15 +247,17 @@ def test_float32_workers_train_in_float32_and_bfloat16_weights_keep_float32_dual
     assert trainer.state.workers["0.weight"]["second_moment"].dtype == torch.float32
 
 
-def stop_one_rank(rank, num_ranks):
+def wish_on_one_rank(rank, num_ranks):
     trainer = make_trainer(ALGORITHMS["sisa"](), rounds=10, consensus=AllReduce())
-    trainer.stop_requested = lambda: rank == 1 and trainer.state.round_number == 3
-    return [(number, outcome.stopped) for number, outcome, _ in trainer.run()]
+    trainer.wishes = lambda: Wishes(
+        stop=rank == 1 and trainer.state.round_number == 3, save=rank == 0 and trainer.state.round_number == 1
+    )
+    return [(number, *outcome.wishes) for number, outcome, _ in trainer.run()]
 
 
-def test_all_ranks_stop_after_the_round_in_which_one_was_asked_to():
-    for rounds in run_ranks(stop_one_rank, 2):
-        assert rounds == [(1, False), (2, False), (3, False), (4, True)]
+def test_what_one_rank_wishes_all_learn_in_the_same_round_and_stop_after_it_if_asked_to():
+    for rounds in run_ranks(wish_on_one_rank, 2):
+        assert rounds == [(1, False, False), (2, False, True), (3, False, False), (4, True, False)]
 
 
 def test_frozen_parameters_stay_out_of_the_message_and_unchanged():
