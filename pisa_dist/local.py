@@ -15,12 +15,12 @@ from pisa_dist.admm.fused import (
     second_moment_step_,
 )
 from pisa_dist.admm.packing import pack, unpack_
-from pisa_dist.admm.penalty import divided_by_lr, grown_penalty
+from pisa_dist.admm.penalty import divided_by_lr
 from pisa_dist.admm.preconditioners import NewtonSchulz, SecondMoment
 from pisa_dist.admm.updates import consensus_update, state_dtype
 from pisa_dist.admm.worker import worker_step
 from pisa_dist.sharding import local_part
-from pisa_dist.slots import Bucket, ParamGroup, Slot
+from pisa_dist.slots import Bucket, ParamGroup, Slot, group_penalty
 
 RESIDUAL = "residual"  # state that no step reads: what compression has left out
 
@@ -88,10 +88,7 @@ def describe_group(group: ParamGroup, names: Sequence[str]) -> list[str]:
 def group_settings(group: ParamGroup) -> Settings:
     """What the coming step uses in one parameter group."""
     step, lr = group["num_steps"] + 1, float(group["lr"])
-    penalty = grown_penalty(
-        group["penalty"], step=step, growth=group["penalty_growth"], interval=group["penalty_growth_interval"]
-    )
-    return Settings(divided_by_lr(penalty, lr), divided_by_lr(group["preconditioner_scale"], lr), step)
+    return Settings(group_penalty(group, step, lr), divided_by_lr(group["preconditioner_scale"], lr), step)
 
 
 def count_step(groups: Iterable[ParamGroup]) -> None:

@@ -19,9 +19,8 @@ from pisa_dist.admm.local_round import (
 )
 from pisa_dist.admm.local_steps import AdaptiveSolver, LocalSolver
 from pisa_dist.admm.metrics import METRICS
-from pisa_dist.admm.penalty import divided_by_lr, grown_penalty
 from pisa_dist.admm.updates import consensus_update, dual_update, state_dtype, worker_message
-from pisa_dist.slots import ParamGroup
+from pisa_dist.slots import ParamGroup, group_penalty
 
 # How far a round is; kept in every parameter group, so that a state_dict holds it.
 COUNTERS = {
@@ -59,13 +58,7 @@ def begin_round(state: dict[str, Any], weights: Tensor, group: ParamGroup) -> No
 
 def round_penalty(group: ParamGroup, lr: float) -> float:
     """sigma of the round that is under way, for this learning rate."""
-    grown = grown_penalty(
-        group["penalty"],
-        step=group["num_rounds"] + 1,
-        growth=group["penalty_growth"],
-        interval=group["penalty_growth_interval"],
-    )
-    return divided_by_lr(grown, lr)
+    return group_penalty(group, group["num_rounds"] + 1, lr)
 
 
 def local_step(state: dict[str, Any], gradient: Tensor, group: ParamGroup) -> None:

@@ -6,11 +6,18 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from pisa_dist.admm.packing import PACKED_BELOW, packs
+from pisa_dist.admm.penalty import penalty_at
 from pisa_dist.admm.preconditioners import NewtonSchulz, Preconditioner, SecondMoment
 from pisa_dist.sharding import local_part, rule_for
 
 ParamGroup = dict[str, Any]
 BATCHED_ON = {"cuda"}  # kinds of device
+
+
+def group_penalty(group: ParamGroup, step: int, lr: float) -> float:
+    """sigma of a parameter group in a step, or a round, counted from 1."""
+    growth, interval = group["penalty_growth"], group["penalty_growth_interval"]
+    return penalty_at(step, penalty=group["penalty"], growth=growth, interval=interval, lr=lr)
 
 
 class Slot(NamedTuple):

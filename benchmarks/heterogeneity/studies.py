@@ -80,7 +80,8 @@ def train(task: tuple[dict[str, object], list[str]]) -> dict[str, object]:
         **facts,
         "overrides": arguments,
         "rounds": trainer.state.round_number,
-        "passes": trainer.state.samples_seen / NUM_TRAIN,
+        "passes": trainer.state.samples_seen / len(data.train),
+        "num_steps": int(trainer.state.num_steps.sum()),
         "bytes_sent": trainer.state.bytes_sent,
         "seconds": time.perf_counter() - started,
         "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -185,9 +186,9 @@ def tables(lines: list[dict]) -> str:
             "| --- |" + " --- |" * 3,
         ]
         for x in sorted((x for x in lines if x["study"] == "workers"), key=lambda x: x["num_workers"]):
-            steps = x["num_workers"] * 10 * 3 / 100
+            seconds = 100 * x["seconds"] / x["num_steps"]
             state = x["state_megabytes"] / x["num_workers"]
-            out.append(f"| {x['num_workers']} | {x['seconds'] / steps:.3f} | {state:.2f} | {x['peak_megabytes']:.0f} |")
+            out.append(f"| {x['num_workers']} | {seconds:.3f} | {state:.2f} | {x['peak_megabytes']:.0f} |")
     return "\n".join(out) + "\n"
 
 

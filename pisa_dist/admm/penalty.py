@@ -28,6 +28,17 @@ def grown_penalty(penalty: float, *, step: int, growth: float = 1.0, interval: i
     return min(grown, LARGEST_PENALTY)
 
 
+def penalty_at(step: int, *, penalty: float, growth: float, interval: int, lr: float) -> float:
+    """sigma_i of a step, or of a round: grown, and divided by the learning rate.
+
+    Args:
+        step: t, counted from 1.
+        penalty, growth, interval: as in `grown_penalty`.
+        lr: as in `divided_by_lr`.
+    """
+    return divided_by_lr(grown_penalty(penalty, step=step, growth=growth, interval=interval), lr)
+
+
 def divided_by_lr(coefficient: float, lr: float) -> float:
     """sigma_i or rho_i under a learning rate: the coefficient divided by `lr`.
 

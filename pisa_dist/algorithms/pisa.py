@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pisa_dist.admm.penalty import divided_by_lr, grown_penalty
+from pisa_dist.admm.penalty import divided_by_lr, penalty_at
 from pisa_dist.admm.preconditioners import (
     COEFFICIENTS,
     PRECISIONS,
@@ -63,10 +63,8 @@ class ADMM(Algorithm):
 
     def penalty_at(self, round_number: int) -> float:
         """sigma of a round, for factor 1. It grows for absent workers too, so that every rank knows the sum."""
-        grown = grown_penalty(
-            self.penalty, step=round_number, growth=self.penalty_growth, interval=self.penalty_growth_interval
-        )
-        return divided_by_lr(grown, self.lr)
+        growth, interval = self.penalty_growth, self.penalty_growth_interval
+        return penalty_at(round_number, penalty=self.penalty, growth=growth, interval=interval, lr=self.lr)
 
     def factors(self, workers: Sequence[int]) -> Tensor:
         """Penalty factor of some workers, float64 [workers]."""

@@ -15,7 +15,7 @@ from pisa_dist.admm.local_round import (
 )
 from pisa_dist.admm.local_steps import AdaptiveSolver, LocalSolver
 from pisa_dist.admm.metrics import METRICS
-from pisa_dist.admm.penalty import divided_by_lr, grown_penalty
+from pisa_dist.admm.penalty import penalty_at
 from pisa_dist.admm.updates import consensus_update, dual_update, state_dtype, worker_message
 from pisa_dist.algorithms.base import (
     Algorithm,
@@ -118,10 +118,8 @@ class PisaLocal(Algorithm):
 
     def penalty_at(self, round_number: int) -> float:
         """sigma of a round. It grows for absent workers too."""
-        grown = grown_penalty(
-            self.penalty, step=round_number, growth=self.penalty_growth, interval=self.penalty_growth_interval
-        )
-        return divided_by_lr(grown, self.lr)
+        growth, interval = self.penalty_growth, self.penalty_growth_interval
+        return penalty_at(round_number, penalty=self.penalty, growth=growth, interval=interval, lr=self.lr)
 
     def scale_at(self, round_number: int, local_steps: int) -> float:
         """rho of a round for workers that take so many steps."""
