@@ -19,6 +19,8 @@ import torch
 from pisa_dist.benchmark.methods import METHODS, label
 from pisa_dist.benchmark.pool import Pool
 from pisa_dist.benchmark.protocols import LOCAL, LOCAL_STEPS, PROTOCOLS, Cell
+from pisa_dist.benchmark.results import Results
+from pisa_dist.benchmark.summary import choices
 from pisa_dist.runner import load_data, trainer_alone
 from pisa_dist.train import compose_config
 
@@ -35,17 +37,10 @@ SPEED_SPREAD = 4
 
 def chosen_setting(method: str, split: str) -> list[str]:
     """What the grid chose for a method in this split at 30 % participation."""
-    for line in (HERE / "results.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if (record["method"], record["split"], record["participation"], record["phase"], record["dataset"]) == (
-            method,
-            split,
-            0.3,
-            "score",
-            "fashion_mnist",
-        ):
-            return list(record["setting"])
-    raise ValueError(f"results.jsonl has no scored run of {method} in {split} at 30 %")
+    found = choices(Results(HERE).read(), PROTOCOL).get((Cell("fashion_mnist", split, 0.3), method))
+    if found is None:
+        raise ValueError(f"results.jsonl has no tuning of {method} in {split} at 30 %")
+    return list(found.setting)
 
 
 def overrides(method: str, split: str, participation: float, seed: int, *extra: str) -> list[str]:
