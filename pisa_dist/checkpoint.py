@@ -10,6 +10,7 @@ import pickle
 import re
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -70,15 +71,28 @@ class Checkpointer:
 
     Args:
         directory: where checkpoints lie, `<run>/checkpoints`.
+        every_seconds: when the next one is due after the last, or after the start; 0 for never.
         keep_last: number of complete checkpoints to keep, >= 1.
         asynchronous: False waits for each checkpoint.
         timeout: how long a rank waits for the others.
+
+    Attributes:
+        has_saved: whether any was begun.
     """
 
     def __init__(
-        self, directory: Path, *, keep_last: int = 3, asynchronous: bool = True, timeout: timedelta | None = None
+        self,
+        directory: Path,
+        *,
+        every_seconds: float = 0.0,
+        keep_last: int = 3,
+        asynchronous: bool = True,
+        timeout: timedelta | None = None,
     ) -> None:
         self.directory = directory
+        self.every_seconds = every_seconds
+        self.has_saved = False
+        self._since = time.monotonic()
         self.keep_last = keep_last
         self.asynchronous = asynchronous
         self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
@@ -102,12 +116,17 @@ class Checkpointer:
         if kind is None or not issubclass(kind, ConsensusError):
             self.close()
 
+    def is_due(self) -> bool:
+        """Whether it is time for one by this rank's clock; clocks differ, so that one rank should decide."""
+        return 0 < self.every_seconds <= time.monotonic() - self._since
+
     def save(self, trainer: Trainer) -> None:
         """Begin to write the trainer's state as round_NNNNNN, after the one before is complete.
 
         One that could not be written (a full disk) is a warning on rank 0, and training goes on.
         """
         self.wait()
+        self.has_saved, self._since = True, time.monotonic()
         state, about = flatten(trainer.state, trainer.hosted), contents(trainer)
         self._pending = self._thread.submit(self._write, state, about)
         if not self.asynchronous:

@@ -170,20 +170,19 @@ def on_every_rank(find: Callable[[], Found]) -> Found:
         ValueError: one of them met a ValueError or OSError: on every rank alike, so that none is left waiting. Names
             the rank unless all met the same.
     """
+    if not dist.is_initialized():
+        return find()
     found: Found | None = None
     error: str | None = None
     try:
         found = find()
     except (ValueError, OSError) as failure:
-        if not dist.is_initialized():
-            raise
         error = str(failure)
-    if dist.is_initialized():
-        errors: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-        rank = next((rank for rank, met in enumerate(errors) if met is not None), None)
-        if rank is not None:
-            raise ValueError(errors[rank] if len(set(errors)) == 1 else f"rank {rank}: {errors[rank]}")
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    rank = next((rank for rank, met in enumerate(errors) if met is not None), None)
+    if rank is not None:
+        raise ValueError(errors[rank] if len(set(errors)) == 1 else f"rank {rank}: {errors[rank]}")
     return cast(Found, found)
 
 

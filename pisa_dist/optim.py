@@ -53,7 +53,8 @@ class PISA(ADMMOptimizer, metaclass=ABCMeta):
             they are. One more tensor of state per parameter, what compression has left out so far.
         grad_scaler: with overlap under AMP, the GradScaler, whose scale is in the gradients.
         fused: make one kernel of SISA's step with torch.compile, which takes seconds at the first step and a C++
-            compiler (CPU) or Triton (CUDA). None: on CUDA where Triton is installed, not on the CPU.
+            compiler (CPU) or Triton (CUDA). None: on CUDA where Triton and a C compiler are installed, not on the
+            CPU.
         local_steps: calls of `step` from one consensus to the next; None: 1, or 20 with a metric. With more than one,
             or with a metric, the optimizer is a `LocalPISA`, which counts as a `PISA` too: further arguments and
             behaviour are that class's, and there is no preconditioner, consensus_l2, overlap, compression, grad_scaler

@@ -28,26 +28,6 @@ class Preempted(Exception):  # noqa: N818 - no error: the run did as it was told
         return f"stopped after round {round_number}: go on with run_dir={path} resume=auto"
 
 
-class SaveTimer:
-    """Whether so much time has passed since the last checkpoint, or the beginning, that it is time for one.
-
-    Args:
-        seconds: how much; 0 for never.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.restart()
-
-    def restart(self) -> None:
-        """A checkpoint begins to be written."""
-        self._since = time.monotonic()
-
-    def is_due(self) -> bool:
-        """True from then on until `restart`."""
-        return 0 < self.seconds <= time.monotonic() - self._since
-
-
 class StopRequest:
     """Whether this process was asked to stop: by SIGTERM, by SIGUSR1, or by its time limit.
 

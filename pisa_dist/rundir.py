@@ -54,11 +54,7 @@ class RunDirectory:
             is_used = (metrics.exists() and metrics.stat().st_size > 0) or any(path.glob("checkpoints/round_*"))
             if is_used and resume is None:
                 raise ValueError(f"`run_dir` {run_dir!r} holds a run already: choose another, or resume=auto to go on")
-            if (
-                is_used
-                and resume != "auto"
-                and path.resolve() not in (source := Path(str(resume)).resolve(), *source.parents)
-            ):
+            if is_used and resume != "auto" and not Path(str(resume)).resolve().is_relative_to(path.resolve()):
                 raise ValueError(
                     f"`run_dir` {run_dir!r} holds another run than `resume` {resume!r}: choose another, or resume=auto "
                     "to go on with the one that it holds"

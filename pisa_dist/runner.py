@@ -21,7 +21,7 @@ from pisa_dist.data.splits import SPLITS
 from pisa_dist.distributed import launched_ranks, on_every_rank, on_first_rank, require_same, select_device
 from pisa_dist.guards import RankError
 from pisa_dist.models import build_model
-from pisa_dist.preemption import Preempted, SaveTimer, StopRequest
+from pisa_dist.preemption import Preempted, StopRequest
 from pisa_dist.progress import Progress
 from pisa_dist.report import draw_run
 from pisa_dist.rundir import RunDirectory
@@ -70,8 +70,6 @@ def run(config: Config, resolved: Mapping[str, Any]) -> Path:
         before = on_every_rank(lambda: None if source is None else checkpoint.read_contents(source)["num_workers"])
         parts = on_every_rank(lambda: split_data(config, data.train, before))
         trainer = _make_trainer(config, data, parts, consensus)
-        timer = SaveTimer(config.checkpoint.every_seconds if consensus.rank == 0 else 0.0)
-        trainer.wishes = lambda: Wishes(stop(), timer.is_due())
         if source is not None:
             checkpoint.load(trainer, source, resize=config.checkpoint.resize)
         if consensus.rank == 0:
@@ -91,7 +89,7 @@ def run(config: Config, resolved: Mapping[str, Any]) -> Path:
         on_first_rank(lambda: trackers.append(_make_tracker(config, files.path, resolved)))
         tracker = trackers[0] if trackers else NoTracker()
         try:
-            _train(config, trainer, files, tracker, timer, num_train=len(data.train))
+            _train(config, trainer, files, tracker, stop, num_train=len(data.train))
         except ValueError as error:
             if consensus.num_ranks > 1:
                 raise RankError(str(error)) from error
@@ -100,17 +98,19 @@ def run(config: Config, resolved: Mapping[str, Any]) -> Path:
 
 
 def _train(
-    config: Config, trainer: Trainer, files: RunDirectory, tracker: Tracker, timer: SaveTimer, *, num_train: int
+    config: Config, trainer: Trainer, files: RunDirectory, tracker: Tracker, stop: StopRequest, *, num_train: int
 ) -> None:
     is_first = trainer.consensus.rank == 0
     every, number = config.checkpoint.every, trainer.state.round_number
-    is_stopped, has_saved = False, every > 0
+    is_stopped = False
     checkpointer = checkpoint.Checkpointer(
         files.path / "checkpoints",
+        every_seconds=config.checkpoint.every_seconds,
         keep_last=config.checkpoint.keep_last,
         asynchronous=config.checkpoint.asynchronous,
         timeout=timedelta(seconds=config.timeout_seconds),
     )
+    trainer.wishes = lambda: Wishes(stop(), is_first and checkpointer.is_due())
     with checkpointer, Progress(config.rounds, start_round=number, enabled=is_first) as progress:
         for number, outcome, metrics in trainer.run():
             # A round is only called done once the checkpoint before it is complete: a kill then costs one interval at
@@ -128,10 +128,8 @@ def _train(
             is_last = number == config.rounds
             is_stopped = outcome.wishes.stop and not is_last
             is_due = outcome.wishes.save or (every and number % every == 0)
-            if is_stopped or is_due or (is_last and has_saved):
+            if is_stopped or is_due or (is_last and (every or checkpointer.has_saved)):
                 checkpointer.save(trainer)
-                timer.restart()
-                has_saved = True
         is_saved = checkpointer.close()
     tracker.finish()
     if is_stopped and not is_saved:

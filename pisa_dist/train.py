@@ -28,8 +28,8 @@ from pisa_dist.schema import SCHEMAS, Config, as_plain, explain_unknown, to_conf
 
 # A file name holds 255 bytes; figures and checkpoints lie in folders of their own.
 LONGEST_JOB_NAME = 200
-# torchrun ends all ranks when one ends badly: rank 0 has this long to say why, before and after the ranks have met.
-SECONDS_FOR_RANK_0 = 20.0, 2.0
+# torchrun ends all ranks when one ends badly: rank 0 has this long to say why, longer while it may still be starting.
+SECONDS_FOR_RANK_0, SECONDS_FOR_ITS_START = 2.0, 20.0
 
 USER_ERRORS = (
     ValueError,
@@ -207,7 +207,7 @@ def _complain(error: BaseException) -> None:
         return
     if rank > 0 and (_is_alike(error) or isinstance(error, RankError)):
         # Most likely all have met it, and this one is ended while it waits; if not, it has something to say.
-        time.sleep(SECONDS_FOR_RANK_0[have_met])
+        time.sleep(SECONDS_FOR_RANK_0 if have_met else SECONDS_FOR_ITS_START)
     prefix = f"rank {rank}: " if num_ranks > 1 and (rank > 0 or not _is_alike(error)) else ""
     sys.stderr.write(f"pisa-train: error: {prefix}{_one_line(error)}\n")
     sys.stderr.flush()

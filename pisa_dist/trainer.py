@@ -44,7 +44,7 @@ class Trainer:
         worker_weight: alpha_i of every worker, summing to 1.
         plan: what to run.
         consensus: how ranks communicate.
-        wishes: asked on every rank in every round; what any rank wishes holds for all: a stop after the round.
+        wishes: asked on every rank in every round; what any rank wishes holds for all, see `RoundOutcome`.
 
     Attributes:
         hosted: numbers of the workers of this rank; a row of their stacked state is a place in it.

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from problems import make_trainer
 from test_cli import LAUNCHERS_OWN, TrainHere, assert_same_metrics, errors, read_metrics, without_time
 from test_cli import train_here as train_here  # a fixture
 
 from pisa_dist import checkpoint, preemption
+from pisa_dist.algorithms import ALGORITHMS
 from pisa_dist.preemption import StopRequest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -634,15 +636,18 @@ def test_by_default_a_run_writes_a_checkpoint_whenever_so_much_time_has_passed(t
     assert not (tmp_path / "never/checkpoints").exists()
 
 
-def test_the_time_to_the_next_checkpoint_begins_with_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_to_the_next_checkpoint_begins_with_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(preemption.time, "monotonic", lambda: now[0])
-    timer, never = preemption.SaveTimer(10.0), preemption.SaveTimer(0.0)
-    for moment, is_due in ((109.0, False), (110.0, True), (115.0, True)):
-        now[0] = moment
-        assert (timer.is_due(), never.is_due()) == (is_due, False)
-    timer.restart()
-    now[0] = 124.0
-    assert not timer.is_due()
-    now[0] = 125.0
-    assert timer.is_due()
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+    trainer = make_trainer(ALGORITHMS["sisa"](), num_workers=2)
+    with checkpoint.Checkpointer(tmp_path, every_seconds=10.0, asynchronous=False) as checkpointer:
+        never = checkpoint.Checkpointer(tmp_path)
+        for moment, is_due in ((109.0, False), (110.0, True), (115.0, True)):
+            now[0] = moment
+            assert (checkpointer.is_due(), never.is_due()) == (is_due, False)
+        checkpointer.save(trainer)
+        now[0] = 124.0
+        assert not checkpointer.is_due()
+        now[0] = 125.0
+        assert checkpointer.is_due()
+        never.close()
