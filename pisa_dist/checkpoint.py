@@ -296,6 +296,8 @@ def load(trainer: Trainer, path: Path, *, resize: str = "refuse") -> None:
     try:
         keys = _tensor_keys(path)
         trainer.state = restore(_read(path, wanted_keys(keys, trainer.hosted)), trainer)
+        if found["worker_weight"] != list(trainer.worker_weight):
+            trainer.state.shared = trainer.algorithm.without_sums(trainer.state.shared)
         if is_resized:
             resize_duals(trainer, found, lambda keys: _read(path, keys, alone=True), policy=resize)
     except _UNREADABLE as error:

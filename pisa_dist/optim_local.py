@@ -22,6 +22,7 @@ from pisa_dist.rounds import (
     begin_round,
     contribution,
     end_round,
+    has_pull,
     is_seen,
     local_step,
     round_penalty,
@@ -44,13 +45,15 @@ class LocalPISA(WorkerOptimizer):
     """PISA with local steps and a metric penalty; `PISA(..., local_steps=20, metric="muon")` is one.
 
     Every rank is one worker, and no DDP wrapper is needed. `step()` is a local step and communicates nothing; every
-    `local_steps`-th call ends a round with a consensus, one all-reduce of two tensors of the model's size, three where
-    the metric is formed anew and one with metric="none". After it all ranks hold the same weights. The equations are
-    those of `algorithm=pisa_local`, in which every worker takes part in every round.
+    `local_steps`-th call ends a round with a consensus, one all-reduce of a tensor of the model's size, two where the
+    metric is formed anew. The sum of the duals follows from the last one; where it does not, in the first round or
+    after a change of ranks or weights, a second all-reduce brings it. After the consensus all ranks hold the same
+    weights. The equations are those of `algorithm=pisa_local`, in which every worker takes part in every round.
 
-    State per parameter: dual, two moments and metric (the dual alone without a metric), with metric="kron" its factors;
-    the consensus weights and this worker's displacement from them while a round is under way, and a sum of gradients
-    until the first consensus, with `enlarge_batch` in every round.
+    State per parameter: dual, two moments, metric and the sum of the duals (the dual alone without a metric, no sum
+    with `enlarge_batch`), with metric="kron" its factors; the consensus weights and this worker's displacement from
+    them while a round is under way, and a sum of gradients until the first consensus, with `enlarge_batch` in every
+    round.
 
     Args:
         params: parameters, named parameters or parameter groups; all but `local_steps` may differ by group, such as
@@ -61,7 +64,7 @@ class LocalPISA(WorkerOptimizer):
         preconditioner_scale: rho > 0, 1/rho is the learning rate of the local steps; None for sigma times their number.
         relaxation: kappa >= 0; 1 is ADMM.
         enlarge_batch: take all gradients of a round at the consensus weights and make one step of their mean, for
-            workers whose data pull apart; a message is a tensor less.
+            workers whose data pull apart; with metric="muon" the metric is formed for vectors alone.
         lr: > 0, divides penalty and preconditioner_scale; the knob for `torch.optim.lr_scheduler`. It is read in every
             step; a consensus takes its mean over the round.
         penalty_growth: 1/gamma >= 1, factor on the penalty every `penalty_growth_interval` rounds.
@@ -278,25 +281,32 @@ class LocalPISA(WorkerOptimizer):
         groups, states = self.param_groups, [self.state[slot.parameter] for slot in slots]
         # Under a schedule displacements are made of unequal steps, and the dual step takes their mean.
         penalties = [round_penalty(group, group["lr_sum"] / group["local_steps"]) for group in groups]
+        weight, num_ranks = self.worker_weight or 1.0, self._consensus.num_ranks
         own = [
-            contribution(state, groups[slot.group], penalty=penalties[slot.group])
+            contribution(state, groups[slot.group], penalty=penalties[slot.group], weight=weight, num_ranks=num_ranks)
             for slot, state in zip(slots, states, strict=True)
         ]
-        weight, first_fault = self.worker_weight or 1.0, groups[0]["first_fault"]
+        first_fault = groups[0]["first_fault"]
         fault = None if first_fault is None else Fault(self._consensus.rank, first_fault)
         scalars = [1.0, *penalties, *(float(is_seen(state)) for state in states)]
         buffer = self._weighted_sum(
             [message for mine in own for message in mine.message],
             weight,
-            [*fault_scalars(fault), *(weight * scalar for scalar in scalars)],
+            [*fault_scalars(fault), *(weight * scalar for scalar in scalars), float(all(mine.follows for mine in own))],
         )
-        sums = buffer.scalars.tolist()
+        *sums, num_following = buffer.scalars.tolist()
         problem = describe_faults(sums, fault, [slot.label for slot in slots])
         overflow = describe_overflow(buffer.flat[: buffer.num_values], loss=0.0)
+        pulled = [place for place, slot in enumerate(slots) if has_pull(groups[slot.group])]
+        dual_sums: dict[int, Tensor] = {}
+        if overflow is None and num_following < num_ranks:  # all know it: some dual, a first one, is in no sum yet
+            others = self._weighted_sum([own[place].dual for place in pulled], weight, [])
+            overflow = describe_overflow(others.flat, loss=0.0)
+            dual_sums = dict(zip(pulled, others.tensors, strict=True))
         is_void = overflow is not None or (problem is not None and self.on_nonfinite == "raise")
         weight_sum, *sums = sums[NUM_FAULT_SCALARS:]
         message_sums = iter(buffer.tensors)
-        for slot, state, mine, seen in zip(slots, states, own, sums[len(groups) :], strict=True):
+        for place, (slot, state, mine, seen) in enumerate(zip(slots, states, own, sums[len(groups) :], strict=True)):
             if is_void:
                 void_round(state)
             else:
@@ -308,6 +318,9 @@ class LocalPISA(WorkerOptimizer):
                     penalty=sums[slot.group] / weight_sum,
                     weight_sum=weight_sum,
                     seen=seen,
+                    dual_sum=dual_sums.get(place),
+                    weight=weight,
+                    num_ranks=num_ranks,
                 )
             slot.parameter.copy_(state.pop("anchor"))
             del state["displacement"]

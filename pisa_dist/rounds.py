@@ -12,6 +12,7 @@ from torch import Tensor
 from pisa_dist.admm.local_round import (
     first_dual,
     is_metric_due,
+    is_metric_used,
     local_scale,
     local_solver,
     metric_consensus,
@@ -30,9 +31,11 @@ COUNTERS = {
     "first_fault": None,  # parameter whose gradient was not finite in them, in message order
 }
 _MOMENTS = ("first_moment", "second_moment")
-_COUNTS = ("num_steps", "num_summed", "num_rounds")
+_COUNTS = ("num_steps", "num_summed", "num_rounds", "is_formed")
+# The sum of all workers' duals, and what it was made of: the weight of this one's, and the number of ranks.
+_SUM = ("dual_sum", "summed_weight", "summed_ranks")
 # What a parameter's state holds besides the metric's own; the first two only while a round is under way.
-_OWN = ("anchor", "displacement", "dual", *_MOMENTS, "gradient_sum", "metric", *_COUNTS)
+_OWN = ("anchor", "displacement", "dual", *_MOMENTS, "gradient_sum", "metric", *_COUNTS, *_SUM)
 
 
 def begin_round(state: dict[str, Any], weights: Tensor, group: ParamGroup) -> None:
@@ -49,7 +52,8 @@ def begin_round(state: dict[str, Any], weights: Tensor, group: ParamGroup) -> No
         rule = METRICS[group["metric"]]
         if rule is not None:
             zeros = torch.zeros_like(dual)
-            state.update(gradient_sum=zeros, num_summed=0, metric=zeros.clone(), **rule.init_state(zeros))
+            state.update(gradient_sum=zeros, num_summed=0, metric=zeros.clone(), is_formed=False)
+            state.update(rule.init_state(zeros))
     if group["enlarge_batch"]:
         state.update(gradient_sum=torch.zeros_like(state["dual"]), num_summed=0)
     state["anchor"] = weights.to(state["dual"].dtype, copy=True)
@@ -99,20 +103,28 @@ class Contribution(NamedTuple):
 
     Attributes:
         dual: the next pi_i.
-        message: what goes into the sums, before alpha_i is put to it.
+        message: what goes into the sums, before alpha_i is put to it: pull or dual, and the RMS of the gradients if it
+            is due.
+        follows: whether the sum of all duals needs this one no more: it is in the message, or takes a step that the
+            pull tells and was in the last sum as it was.
     """
 
     dual: Tensor
     message: list[Tensor]
+    follows: bool = True
 
 
-def contribution(state: dict[str, Any], group: ParamGroup, *, penalty: float) -> Contribution:
+def contribution(
+    state: dict[str, Any], group: ParamGroup, *, penalty: float, weight: float = 1.0, num_ranks: int = 1
+) -> Contribution:
     """The end of a worker's round, before the sum over the workers. Changes none of its inputs.
 
     Args:
         state: the parameter's, in a round.
         group: its settings.
         penalty: sigma of the round.
+        weight: alpha_i.
+        num_ranks: workers in the sum.
     """
     displacement, solver, metric = state["displacement"], _solver(group), state.get("metric", 1.0)
     has_sum = "gradient_sum" in state and state["num_summed"] > 0
@@ -125,11 +137,25 @@ def contribution(state: dict[str, Any], group: ParamGroup, *, penalty: float) ->
         return Contribution(dual, [worker_message(dual, displacement, penalty=pull, worker_weight=1.0)])
     if has_sum:
         displacement = newcomers_displacement(displacement, metric)
-    message = [dual] if group["enlarge_batch"] else [displacement, dual]
-    number = state["num_rounds"] + 1
-    if is_metric_due(number, metric_rounds=group["metric_rounds"], metric_interval=group["metric_interval"]):
+    message = [penalty * displacement if has_pull(group) else dual]
+    if _is_forming_metric(state, group):
         message.append(solver.rms(state, count=max(state["num_steps"], 1)))
-    return Contribution(dual, message)
+    was_summed = (state.get("summed_weight"), state.get("summed_ranks")) == (weight, num_ranks)
+    return Contribution(dual, message, follows=not has_pull(group) or (was_summed and not has_sum))
+
+
+def has_pull(group: ParamGroup) -> bool:
+    """Whether a worker sends sigma u_i and not its dual."""
+    return group["metric"] != "none" and not group["enlarge_batch"]
+
+
+def _is_forming_metric(state: dict[str, Any], group: ParamGroup) -> bool:
+    """Whether P is formed in this round: when it is due, and where local steps begin without it."""
+    rule, number = METRICS[group["metric"]], state["num_rounds"] + 1
+    if rule is None or not is_metric_used(rule, state["dual"].shape, enlarge_batch=group["enlarge_batch"]):
+        return False
+    is_due = is_metric_due(number, metric_rounds=group["metric_rounds"], metric_interval=group["metric_interval"])
+    return is_due or not state.get("is_formed", True)
 
 
 def is_seen(state: dict[str, Any]) -> bool:
@@ -146,6 +172,9 @@ def end_round(
     penalty: float,
     weight_sum: float,
     seen: float,
+    dual_sum: Tensor | None,
+    weight: float,
+    num_ranks: int,
 ) -> None:
     """The consensus: keeps the dual and puts the next consensus weights into `anchor`.
 
@@ -157,6 +186,8 @@ def end_round(
         penalty: sigma.
         weight_sum: sum of all alpha_i.
         seen: sum of those of the workers that are seen.
+        dual_sum: sum_i alpha_i pi_i; None where the messages tell it.
+        weight, num_ranks: as in `contribution`.
     """
     state["num_rounds"] += 1
     state["dual"] = dual
@@ -168,13 +199,14 @@ def end_round(
         state.pop("gradient_sum", None)
     if seen == 0:
         return
-    arrived = iter(message_sum)
-    displacement_sum = None if group["enlarge_batch"] else next(arrived)
+    first, *others = message_sum
+    if dual_sum is None:
+        dual_sum = dual_update(state["dual_sum"], first, penalty=state["metric"]) if has_pull(group) else first
     state["anchor"], state["metric"], metric_state = metric_consensus(
         state["anchor"],
-        displacement_sum,
-        next(arrived),
-        next(arrived, None),
+        first if has_pull(group) else None,
+        dual_sum,
+        others[0] if others else None,
         seen=seen,
         rule=rule,
         metric=state["metric"],
@@ -183,7 +215,11 @@ def end_round(
         relaxation=group["relaxation"],
         eps=group["eps"],
     )
-    state.update(metric_state)
+    state.update(metric_state, is_formed=bool(others) or state.get("is_formed", True))
+    for name in _SUM:
+        state.pop(name, None)
+    if has_pull(group):
+        state.update(dual_sum=dual_sum, summed_weight=weight, summed_ranks=num_ranks)
 
 
 def void_round(state: dict[str, Any]) -> None:

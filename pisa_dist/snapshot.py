@@ -183,7 +183,7 @@ def restore(flat: Mapping[str, Tensor], trainer: Trainer) -> TrainingState:
             )
         return found
 
-    shared: State = {}
+    shared: State = {name: dict(kinds) for name, kinds in old.shared.items()}
     for key in (key for key in flat if key.startswith("shared/")):
         _, name, kind = key.split("/")
         # torch's optimizers keep their step counts on the CPU.

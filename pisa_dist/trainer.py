@@ -149,14 +149,15 @@ class Trainer:
         with torch.no_grad(), explain_out_of_memory(footprint):
             chosen = set(present)
             present_weight = float(self._alpha[list(present)].sum())
+            works = self._works(scheduled, present_weight)
             local = LocalRound(
-                works=self._works(scheduled, present_weight),
+                works=works,
                 hosted=self.hosted,
                 present=present,
                 present_weight=present_weight,
                 absent=[row for row, worker in enumerate(self.hosted) if worker not in chosen],
                 has_taken_part=self.state.num_participations.bool().tolist(),
-                standing_message=self._standing_message,
+                standing_message=partial(self._standing_message, works[0].round_),
                 worker_weight=self._alpha,
                 buffers=self.state.buffers,
                 wishes=self.wishes(),
@@ -319,6 +320,7 @@ class Trainer:
             all_worker_weights=self._alpha,
             present_weight=present_weight,
             shared=self.state.shared,
+            is_summed=self.plan.consensus == "sum",
             num_participations=(self.state.num_participations[rows] + 1).to(self._device),
             num_steps_before=self.state.num_steps[rows].to(self._device),
             gradients=gradients,
@@ -333,10 +335,8 @@ class Trainer:
         chosen = _as_slice(rows)
         return {name: {kind: v[chosen] for kind, v in kinds.items()} for name, kinds in self.state.workers.items()}
 
-    def _standing_message(self, rows: Sequence[int]) -> Tensors:
-        return self.method.standing_message(
-            self._rows(rows), self._alpha_of(rows), round_number=self.state.round_number + 1
-        )
+    def _standing_message(self, round_: Round, rows: Sequence[int]) -> Tensors:
+        return self.method.standing_message(self._rows(rows), self._alpha_of(rows), round_)
 
     def _footprint(self, moment: str, batch_size: int | None = None) -> Footprint:
         # On the device "meta" tensors have sizes and no memory: what is asked for may be what could not be had.

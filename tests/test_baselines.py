@@ -82,7 +82,7 @@ def run(algorithm, problem, rounds, *, present=everyone, steps=STEPS, alpha=ALPH
         absent = [i for i in range(3) if i not in here]
         if absent:
             away = {n: {k: v[absent] for k, v in kinds.items()} for n, kinds in workers.items()}
-            for key, value in algorithm.standing_message(away, alpha[absent], round_number=number).items():
+            for key, value in algorithm.standing_message(away, alpha[absent], round_).items():
                 message[key] = message[key] + value
         weights, shared, _ = algorithm.consensus(round_, message, shared)
         trajectory.append(weights["w"].numpy().copy())

@@ -38,10 +38,16 @@ class ByHand(PisaLocal):
     until: int = 0
 
     def at(self, round_):
-        return PisaLocal(penalty=self.penalties[round_.number - 1], enlarge_batch=round_.number <= self.until)
+        penalty = self.penalties[round_.number - 1]
+        if round_.number <= self.until:
+            return PisaLocal(penalty=penalty, enlarge_batch=True)
+        return PisaLocal(penalty=penalty, metric_rounds=3, metric_interval=10)
 
     def local_work(self, round_, state):
         return self.at(round_).local_work(round_, state)
+
+    def standing_message(self, state, worker_weight, round_):
+        return self.at(round_).standing_message(state, worker_weight, round_)
 
     def consensus(self, round_, message_sum, shared):
         return self.at(round_).consensus(round_, message_sum, shared)
@@ -117,13 +123,13 @@ def test_it_trains_one_class_per_worker_with_its_default(local_steps):
 
 
 @pytest.mark.parametrize("is_skewed", [False, True])
-def test_a_message_is_one_tensor_until_local_steps_begin(is_skewed):
+def test_a_message_is_one_tensor_and_with_local_steps_two_where_the_metric_is_formed(is_skewed):
     trainer = make_trainer(PisaAuto(), is_skewed=is_skewed, rounds=16, local_steps=5, dtype=torch.float32)
     sent = [0]
     for _ in range(16):
         trainer.run_round()
         sent.append(trainer.state.bytes_sent)
     numel = sum(w.numel() for w in trainer.state.weights.values())
-    tensors = np.diff(sent) // (3 * 4 * numel)
-    assert tensors[0] == 2  # dual and P
-    assert tensors[11] == tensors[15] == (1 if is_skewed else 2)  # rounds without a new P
+    tensors = (np.diff(sent) // (3 * 4 * numel)).tolist()
+    # P of the matrices is formed with the first local steps, in the second round, in the third and in the tenth.
+    assert tensors == [1] * 16 if is_skewed else [1, 2, 2, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1]

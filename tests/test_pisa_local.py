@@ -196,7 +196,7 @@ def test_it_trains_one_class_per_worker_though_half_of_them_are_away():
 
 
 @pytest.mark.parametrize("enlarge_batch", [False, True])
-def test_the_metrics_bytes_vanish_in_most_rounds(enlarge_batch):
+def test_a_message_is_one_tensor_and_more_where_the_metric_is_formed_or_duals_are_new(enlarge_batch):
     algorithm = ALGORITHMS["pisa_local"](metric_rounds=1, metric_interval=4, enlarge_batch=enlarge_batch)
     trainer = make_trainer(algorithm, rounds=8, local_steps=2, dtype=torch.float32)
     sent = [0]
@@ -204,10 +204,13 @@ def test_the_metrics_bytes_vanish_in_most_rounds(enlarge_batch):
         trainer.run_round()
         sent.append(trainer.state.bytes_sent)
     sizes = np.diff(sent)
-    numel = sum(w.numel() for w in trainer.state.weights.values())
-    assert (sizes[[0, 3, 7]] - sizes[[1, 4, 5]] == 3 * 4 * numel).all()
+    weights = trainer.state.weights.values()
+    numel, in_vectors = sum(w.numel() for w in weights), sum(w.numel() for w in weights if w.ndim == 1)
     assert len(set(sizes[[1, 2, 4, 5, 6]])) == 1
-    assert sizes[1] // (3 * 4 * numel) == (1 if enlarge_batch else 2)  # tensors of the model's size
+    assert sizes[1] // (3 * 4 * numel) == 1
+    formed = in_vectors if enlarge_batch else numel
+    assert (sizes[[3, 7]] - sizes[[1, 2]] == 3 * 4 * formed).all()
+    assert sizes[0] - sizes[1] == 3 * 4 * (formed if enlarge_batch else formed + numel)
 
 
 @pytest.mark.parametrize("epochs", [None, 3.0])

@@ -4,6 +4,8 @@ Beyond the paper, with a metric P in the penalty, for alpha_i scaled to the work
     u_i  <- local steps, see `admm.local_steps`
     pi_i <- pi_i + sigma P u_i
     w    <- w + kappa sum_i alpha_i u_i + (sigma P)^-1 sum_i alpha_i pi_i
+sum_i alpha_i pi_i takes the step that every dual takes, with sigma sum_i alpha_i u_i. A message is therefore sigma u_i
+alone, one tensor of the model's size, unless a dual has changed otherwise: it is a worker's first, or minus a gradient.
 """
 
 from typing import NamedTuple
@@ -43,6 +45,11 @@ def is_metric_due(round_number: int, *, metric_rounds: int, metric_interval: int
     return round_number <= metric_rounds or round_number % metric_interval == 0
 
 
+def is_metric_used(rule: Metric, shape: torch.Size, *, enlarge_batch: bool) -> bool:
+    """Whether a round has a use for P's diagonal: local steps do, the consensus where the rule does."""
+    return not enlarge_batch or rule.uses_diagonal(shape)
+
+
 def first_dual(gradient_sum: Tensor, num_steps: int) -> Tensor:
     """The dual of a worker after its first round, in which it had none: minus the mean of its gradients.
 
@@ -75,7 +82,7 @@ class MetricConsensus(NamedTuple):
 
 def metric_consensus(
     consensus_weights: Tensor,
-    displacement_sum: Tensor | None,
+    pull_sum: Tensor | None,
     dual_sum: Tensor,
     rms_sum: Tensor | None,
     *,
@@ -96,7 +103,7 @@ def metric_consensus(
 
     Args:
         consensus_weights: w, any shape.
-        displacement_sum: sum_i alpha_i u_i over all workers, same shape; None where all stayed at w.
+        pull_sum: sum_i alpha_i sigma u_i over all workers, same shape; None where all stayed at w.
         dual_sum: sum_i alpha_i pi_i, same shape, pi_i after the dual step.
         rms_sum: sum_i alpha_i times the RMS of worker i's gradients, same shape; None keeps P.
         seen: sum of alpha_i over the workers that are in the sums, > 0.
@@ -110,8 +117,8 @@ def metric_consensus(
     formed = metric if rms_sum is None else rms_sum / seen + eps
     used = torch.where(metric > 0, metric, formed)
     direction, new_state = rule.solve(dual_sum / seen, used, metric_state)
+    if pull_sum is not None:
+        direction = relaxation * pull_sum / seen + direction
     move = direction / penalty
-    if displacement_sum is not None:
-        move = relaxation * displacement_sum / seen + move
     weights = (consensus_weights.to(move.dtype) + move).to(consensus_weights.dtype)
     return MetricConsensus(weights, formed, new_state)

@@ -35,6 +35,10 @@ class Metric(ABC):
         """State before the first consensus; none by default."""
         return {}
 
+    def uses_diagonal(self, shape: torch.Size) -> bool:
+        """Whether `solve` looks at the diagonal for a parameter of this shape."""
+        return True
+
     @abstractmethod
     def solve(self, mean_dual: Tensor, diagonal: Tensor, state: State) -> MetricStep:
         """P^-1 Pi for one parameter. Changes none of its inputs.
@@ -80,8 +84,11 @@ class MuonMetric(Metric):
 
     steps: int = 5
 
+    def uses_diagonal(self, shape: torch.Size) -> bool:  # noqa: D102 - as in Metric
+        return len(shape) < 2
+
     def solve(self, mean_dual: Tensor, diagonal: Tensor, state: State) -> MetricStep:  # noqa: D102 - as in Metric
-        if mean_dual.ndim < 2:
+        if self.uses_diagonal(mean_dual.shape):
             return MetricStep(solve_diagonal(mean_dual, diagonal), state)
         matrix = mean_dual.flatten(1)
         scale = _RMS_OF_ADAM * max(matrix.shape) ** 0.5
@@ -113,6 +120,9 @@ class KroneckerMetric(Metric):
             return {}
         sides = {"left": shape[0], "right": shape[1:].numel()}
         return {name: size for name, size in sides.items() if size <= self.largest_side}
+
+    def uses_diagonal(self, shape: torch.Size) -> bool:  # noqa: D102 - as in Metric
+        return not self._sides(shape)
 
     def init_state(self, parameter: Tensor) -> State:  # noqa: D102 - as in Metric
         sides = self._sides(parameter.shape)

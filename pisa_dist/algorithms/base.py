@@ -44,6 +44,7 @@ class Round:
         present_weight: sum of alpha_i over all workers that are present in this round, on any rank.
         num_participations: t_i, how often each present worker has taken part, this round included, shape [workers].
         num_steps_before: local steps that each present worker has taken in earlier rounds, int64 [workers].
+        is_summed: whether the messages are summed; a robust rule makes something else of them.
         gradients: the gradient oracle.
         shared: the method's shared state.
     """
@@ -60,6 +61,7 @@ class Round:
     num_steps_before: Tensor
     gradients: Gradients
     shared: State = field(default_factory=dict)
+    is_summed: bool = True
 
     def stacked_weights(self) -> Tensors:
         """The consensus weights as every present worker's own copy, [workers, *shape], without copying memory."""
@@ -150,6 +152,14 @@ class Algorithm(ABC):
         """
         return False
 
+    def without_sums(self, shared: State) -> State:
+        """The shared state where workers or their weights have changed: no sum over them that was kept holds any more.
+
+        Args:
+            shared: of before the change; it is not changed.
+        """
+        return shared
+
     @abstractmethod
     def local_work(self, round_: Round, state: State) -> LocalResult:
         """What the present workers of this rank do, and the sum of what they send. Changes none of its inputs.
@@ -159,7 +169,7 @@ class Algorithm(ABC):
             state: state of the present workers, stacked; there may be none of them (dimension 0 is empty).
         """
 
-    def standing_message(self, state: State, worker_weight: Tensor, *, round_number: int) -> dict[str, Tensor]:
+    def standing_message(self, state: State, worker_weight: Tensor, round_: Round) -> dict[str, Tensor]:
         """What absent workers' memory adds to the sum without them working; nothing by default.
 
         Keys are among those of the round's message.
@@ -167,7 +177,7 @@ class Algorithm(ABC):
         Args:
             state: state of the absent workers hosted here, stacked.
             worker_weight: their alpha_i, shape [workers].
-            round_number: t, from 1.
+            round_: the round, as some that are present know it.
         """
         return {}
 

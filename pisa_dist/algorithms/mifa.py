@@ -45,7 +45,7 @@ class Mifa(Algorithm):
         new_state = {n: {"last_update": u} for n, u in moves.items()}
         return LocalResult(new_state, message, squared_distance(moves, round_.worker_weight))
 
-    def standing_message(self, state: State, worker_weight: Tensor, *, round_number: int) -> Tensors:  # noqa: D102 - as in Algorithm
+    def standing_message(self, state: State, worker_weight: Tensor, round_: Round) -> Tensors:  # noqa: D102 - as in Algorithm
         return {n: weighted_sum(kinds["last_update"], worker_weight) for n, kinds in state.items()}
 
     def consensus(self, round_: Round, message_sum: Tensors, shared: State) -> ConsensusResult:  # noqa: D102

@@ -106,7 +106,7 @@ class ADMM(Algorithm):
             displacements[name] = step.displacement
         return LocalResult(new_state, message, squared_distance(displacements, round_.worker_weight))
 
-    def standing_message(self, state: State, worker_weight: Tensor, *, round_number: int) -> Tensors:
+    def standing_message(self, state: State, worker_weight: Tensor, round_: Round) -> Tensors:
         """An absent worker's dual keeps standing for its data: alpha_i pi_i, with u_i = 0."""
         return {name: weighted_sum(memory["dual"], worker_weight) for name, memory in state.items()}
 

@@ -12,6 +12,8 @@ from pisa_dist.algorithms.pisa_local import DUAL, SEEN, PisaLocal
 FIRST_PENALTY, LAST_PENALTY = 30.0, 300.0
 # Local steps begin where the workers' gradients have a quarter of their square in common.
 AGREEMENT = 0.25
+# With local steps P is formed when they begin, until this round and then every so many: each time costs a tensor.
+METRIC_ROUNDS, METRIC_INTERVAL = 3, 10
 
 # Key of a message, and of the shared state; no parameter's name has a space.
 SQUARES, LOCAL = "squares of duals", "local steps"
@@ -29,8 +31,8 @@ class PisaAuto(Algorithm):
     - rho follows sigma and the number of local steps, so that a round's steps together forget about two thirds of a
       dual.
 
-    A message is one tensor of the model's size before local steps and two with them, and one more in the rounds that
-    form P.
+    A message is one tensor of the model's size; with local steps one more until all workers have been seen, and one
+    more in the rounds that form P.
 
     Attributes:
         lr: factor on all steps, > 0.
@@ -45,7 +47,9 @@ class PisaAuto(Algorithm):
         """The method of a round."""
         progress = min((round_.number - 1) / max(round_.num_rounds - 1, 1), 1.0)
         step = (1 - progress) / FIRST_PENALTY + progress / LAST_PENALTY
-        return PisaLocal(penalty=1 / step, lr=self.lr, enlarge_batch=self.needs_one_pass(round_.shared))
+        if self.needs_one_pass(round_.shared):
+            return PisaLocal(penalty=1 / step, lr=self.lr, enlarge_batch=True)
+        return PisaLocal(penalty=1 / step, lr=self.lr, metric_rounds=METRIC_ROUNDS, metric_interval=METRIC_INTERVAL)
 
     @property
     def dual_counts_if(self) -> str | None:  # noqa: D102 - as in Algorithm
@@ -53,6 +57,9 @@ class PisaAuto(Algorithm):
 
     def needs_one_pass(self, shared: State) -> bool:  # noqa: D102 - as in Algorithm
         return not bool(shared[LOCAL]["begun"])
+
+    def without_sums(self, shared: State) -> State:  # noqa: D102 - as in Algorithm
+        return PisaLocal().without_sums(shared)
 
     def init_worker_state(self, parameters: Tensors, num_workers: int) -> State:  # noqa: D102 - as in Algorithm
         return PisaLocal().init_worker_state(parameters, num_workers)
@@ -62,24 +69,34 @@ class PisaAuto(Algorithm):
 
     def local_work(self, round_: Round, state: State) -> LocalResult:  # noqa: D102 - as in Algorithm
         result = self.at(round_).local_work(round_, state)
-        return result._replace(message=result.message | _squares(result.state, round_.worker_weight))
+        return result._replace(message=result.message | self._squares(round_, result.state, round_.worker_weight))
 
-    def standing_message(self, state: State, worker_weight: Tensor, *, round_number: int) -> Tensors:
-        """As in `PisaLocal`, and the squares of the duals."""
-        message = PisaLocal().standing_message(state, worker_weight, round_number=round_number)
-        return message | _squares(state, worker_weight)
+    def standing_message(self, state: State, worker_weight: Tensor, round_: Round) -> Tensors:
+        """As in `PisaLocal`, and the squares of the duals until local steps begin."""
+        message = self.at(round_).standing_message(state, worker_weight, round_)
+        return message | self._squares(round_, state, worker_weight)
+
+    def _squares(self, round_: Round, state: State, worker_weight: Tensor) -> Tensors:
+        """The `squares` of `agreement` for some workers, while they are asked for."""
+        if not self.needs_one_pass(round_.shared):
+            return {}
+        duals = [state[name]["dual"] for name in round_.weights]
+        square = torch.stack([dual.flatten(1).square().sum(1) for dual in duals]).sum(0)
+        weight = torch.where(state[SEEN]["steps"] > 0, worker_weight.to(square.dtype), 0.0)
+        return {SQUARES: torch.stack([weight @ square, weight.square() @ square, weight @ weight])}
 
     def consensus(self, round_: Round, message_sum: Tensors, shared: State) -> ConsensusResult:  # noqa: D102
-        result = self.at(round_).consensus(round_, message_sum, shared)
+        result, begun = self.at(round_).consensus(round_, message_sum, shared), shared[LOCAL]["begun"]
+        if not self.needs_one_pass(shared):
+            return result._replace(shared=result.shared | {LOCAL: {"begun": begun}})
         share = agreement(
             torch.stack([message_sum[DUAL + n].square().sum() for n in round_.weights]).sum(),
             message_sum[SQUARES],
-            seen=message_sum[SEEN],
+            seen=message_sum[SEEN][0],
         )
-        begun = shared[LOCAL]["begun"]
         if len(round_.all_worker_weights) == 1:  # nobody to disagree with
             share = torch.ones_like(share)
-        return result._replace(shared=result.shared | {LOCAL: {"begun": begun | (share >= AGREEMENT).to(begun.device)}})
+        return result._replace(shared=result.shared | {LOCAL: {"begun": (share >= AGREEMENT).to(begun.device)}})
 
 
 def agreement(square_of_sum: Tensor, squares: Tensor, *, seen: Tensor) -> Tensor:
@@ -99,11 +116,3 @@ def agreement(square_of_sum: Tensor, squares: Tensor, *, seen: Tensor) -> Tensor
     common = (square_of_sum - own_square) / (pairs * square) * seen
     # A worker alone leaves nothing but rounding.
     return torch.where((pairs > 1e-6 * own_weight) & (square > 0), common, 0.0)
-
-
-def _squares(state: State, worker_weight: Tensor) -> Tensors:
-    """The `squares` of `agreement` for some workers."""
-    duals = [kinds["dual"] for name, kinds in state.items() if name != SEEN]
-    square = torch.stack([dual.flatten(1).square().sum(1) for dual in duals]).sum(0)
-    weight = torch.where(state[SEEN]["steps"] > 0, worker_weight.to(square.dtype), 0.0)
-    return {SQUARES: torch.stack([weight @ square, weight.square() @ square, weight @ weight])}

@@ -8,6 +8,7 @@ from torch import Tensor
 from pisa_dist.admm.local_round import (
     first_dual,
     is_metric_due,
+    is_metric_used,
     local_scale,
     local_solver,
     metric_consensus,
@@ -32,9 +33,12 @@ from pisa_dist.algorithms.base import (
 from pisa_dist.checks import check_choice
 
 # Keys of a message, before the parameter's name.
-MOVE, DUAL, METRIC = "displacement of ", "dual of ", "rms of "
-# Steps that a worker has taken so far; a worker without any is not seen yet.
+PULL, DUAL, METRIC = "pull of ", "dual of ", "rms of "
+# Of a worker the steps that it has taken so far, without any it is not seen yet; of a message the weight and the number
+# of those seen; of the shared state whether that is everyone.
 SEEN = "weight seen"
+# Of the shared state: whether P is formed for every parameter.
+FORMED = "metric formed"
 
 
 @dataclass
@@ -50,13 +54,17 @@ class PisaLocal(Algorithm):
     after the first round, in which P is unknown, its u_i does not count. In the local steps P is diagonal, the mean
     over all workers seen of the RMS of their gradients, each as of when it was last present; in the consensus it is
     what `metric` says. The diagonal is formed anew in the first `metric_rounds` rounds and then every
-    `metric_interval`; in other rounds a message is two tensors of the model's size, in those three.
+    `metric_interval`.
+
+    The sum of the duals takes the same step as every dual, with sum_i alpha_i u_i, so that a message is one tensor of
+    the model's size. Until all workers have been seen it is two, since a new worker's dual comes otherwise, and in the
+    rounds that form P one more.
 
     With `enlarge_batch` a worker stays at w instead, u_i = 0, and pi_i becomes minus the mean of its gradients there:
     one step of a larger batch, of the `local_steps` minibatches, or of one pass over its data if that is less. It is
     the limit rho -> 0 of the equations with kappa = 0. The mean dual is then the mean of all workers' last gradients.
-    It does not drift where the workers pull apart, and goes less far where they agree. A message is one tensor, two in
-    the rounds that form P.
+    It does not drift where the workers pull apart, and goes less far where they agree. A message is one tensor; P is
+    formed only where the consensus looks at its diagonal, with metric=muon for vectors.
 
     With metric=none P = I and the steps are plain ones; nothing is scaled to the workers seen and a message is one
     tensor. With one local step that is `algorithm=pisa`, the paper's step.
@@ -104,6 +112,9 @@ class PisaLocal(Algorithm):
     def dual_counts_if(self) -> str | None:  # noqa: D102 - as in Algorithm
         return None if self.metric == "none" else f"{SEEN}/steps"
 
+    def without_sums(self, shared: State) -> State:  # noqa: D102 - as in Algorithm
+        return shared if self.metric == "none" else shared | {SEEN: {"all": torch.tensor(False)}}
+
     def needs_one_pass(self, shared: State) -> bool:  # noqa: D102 - as in Algorithm
         return self.enlarge_batch
 
@@ -136,11 +147,12 @@ class PisaLocal(Algorithm):
 
     def init_shared_state(self, parameters: Tensors) -> State:  # noqa: D102 - as in Algorithm
         rule, shared = METRICS[self.metric], {}
-        if rule is not None:
-            for name, p in parameters.items():
-                zeros = torch.zeros_like(p, dtype=state_dtype(p.dtype))
-                shared[name] = {"metric": zeros, **rule.init_state(zeros)}
-        return shared
+        if rule is None:
+            return {}
+        for name, p in parameters.items():
+            zeros = torch.zeros_like(p, dtype=state_dtype(p.dtype))
+            shared[name] = {"metric": zeros, "dual_sum": zeros.clone(), **rule.init_state(zeros)}
+        return shared | {SEEN: {"all": torch.tensor(False)}, FORMED: {"all": torch.tensor(False)}}
 
     def local_work(self, round_: Round, state: State) -> LocalResult:  # noqa: D102 - as in Algorithm
         return self._one_step(round_, state) if self.enlarge_batch else self._local_steps(round_, state)
@@ -160,8 +172,7 @@ class PisaLocal(Algorithm):
         new_state = self._seen(round_, state)
         for n, total in sums.items():
             new_state[n] = {"dual": first_dual(total, round_.num_local_steps), **memory[n]}
-        message = self.standing_message(new_state, round_.worker_weight, round_number=round_.number)
-        return LocalResult(new_state, message)
+        return LocalResult(new_state, self.standing_message(new_state, round_.worker_weight, round_))
 
     def _seen(self, round_: Round, state: State) -> State:
         steps = round_.num_steps_before + round_.num_local_steps
@@ -204,8 +215,8 @@ class PisaLocal(Algorithm):
                 first = first_dual(sums[n], round_.num_local_steps)
                 new_state[n]["dual"] = torch.where(is_new, first, new_state[n]["dual"])
                 moves[n] = torch.where(is_new, newcomers_displacement(moves[n], round_.shared[n]["metric"]), moves[n])
-        message = {MOVE + n: s for n, s in weighted_sums(moves, round_.worker_weight).items()}
-        message |= self._standing(new_state, round_.worker_weight, round_.number)
+        message = {PULL + n: penalty * s for n, s in weighted_sums(moves, round_.worker_weight).items()}
+        message |= self._standing(new_state, round_.worker_weight, round_)
         return LocalResult(new_state, message, residual)
 
     def _plain_message(self, state: State, moves: Tensors, worker_weight: Tensor, penalty: float) -> Tensors:
@@ -217,20 +228,35 @@ class PisaLocal(Algorithm):
             for n, move in moves.items()
         }
 
-    def standing_message(self, state: State, worker_weight: Tensor, *, round_number: int) -> Tensors:
+    def standing_message(self, state: State, worker_weight: Tensor, round_: Round) -> Tensors:
         """An absent worker's dual stays in the sums, and its RMS once it has been seen."""
         if self.metric == "none":
             return {DUAL + n: weighted_sum(kinds["dual"], worker_weight) for n, kinds in state.items() if n != SEEN}
-        return self._standing(state, worker_weight, round_number)
+        return self._standing(state, worker_weight, round_)
 
-    def _standing(self, state: State, worker_weight: Tensor, round_number: int) -> Tensors:
-        """What workers stand for, present or absent: weighted duals, RMS, and the weight of those seen."""
+    def _standing(self, state: State, worker_weight: Tensor, round_: Round) -> Tensors:
+        """What workers stand for, present or absent: weighted duals and RMS where needed, and those seen."""
         steps = state[SEEN]["steps"]
-        names = [n for n in state if n != SEEN]
-        message = {DUAL + n: weighted_sum(state[n]["dual"], worker_weight) for n in names}
-        if is_metric_due(round_number, metric_rounds=self.metric_rounds, metric_interval=self.metric_interval):
-            message |= {METRIC + n: weighted_sum(self._rms(state[n], steps), worker_weight) for n in names}
-        return message | {SEEN: weighted_sum((steps > 0).to(steps.dtype), worker_weight)}
+        message: Tensors = {}
+        if not self._knows_dual_sum(round_):
+            message |= {DUAL + n: weighted_sum(state[n]["dual"], worker_weight) for n in round_.weights}
+        names = self._forming_metric(round_)
+        message |= {METRIC + n: weighted_sum(self._rms(state[n], steps), worker_weight) for n in names}
+        seen = (steps > 0).to(steps.dtype)
+        return message | {SEEN: torch.stack([weighted_sum(seen, worker_weight), seen.sum()])}
+
+    def _knows_dual_sum(self, round_: Round) -> bool:
+        """Whether the next sum of the duals follows from the last one and the displacements."""
+        return not self.enlarge_batch and round_.is_summed and bool(round_.shared[SEEN]["all"])
+
+    def _forming_metric(self, round_: Round) -> list[str]:
+        """Parameters whose P is formed in this round: when it is due, and where local steps begin without one."""
+        rule = METRICS[self.metric]
+        is_due = is_metric_due(round_.number, metric_rounds=self.metric_rounds, metric_interval=self.metric_interval)
+        if rule is None or not (is_due or not (self.enlarge_batch or bool(round_.shared[FORMED]["all"]))):
+            return []
+        shapes = {n: w.shape for n, w in round_.weights.items()}
+        return [n for n, shape in shapes.items() if is_metric_used(rule, shape, enlarge_batch=self.enlarge_batch)]
 
     def _rms(self, memory: dict[str, Tensor], steps: Tensor) -> Tensor:
         """RMS of each worker's gradients; zero for one that has not been seen."""
@@ -247,20 +273,26 @@ class PisaLocal(Algorithm):
                 for n, w in round_.weights.items()
             }
             return ConsensusResult(weights, shared, penalty)
+        weight_seen, num_seen = message_sum[SEEN]
         weights, new_shared = {}, {}
         for n, w in round_.weights.items():
+            metric, dual_sum = shared[n]["metric"], message_sum.get(DUAL + n)
+            if dual_sum is None:
+                dual_sum = dual_update(shared[n]["dual_sum"], message_sum[PULL + n], penalty=metric)
             weights[n], metric, memory = metric_consensus(
                 w,
-                message_sum.get(MOVE + n),
-                message_sum[DUAL + n],
+                message_sum.get(PULL + n),
+                dual_sum,
                 message_sum.get(METRIC + n),
-                seen=message_sum[SEEN],
+                seen=weight_seen,
                 rule=rule,
-                metric=shared[n]["metric"],
-                metric_state={kind: value for kind, value in shared[n].items() if kind != "metric"},
+                metric=metric,
+                metric_state={kind: value for kind, value in shared[n].items() if kind not in ("metric", "dual_sum")},
                 penalty=penalty,
                 relaxation=self.relaxation,
                 eps=self.eps,
             )
-            new_shared[n] = {"metric": metric, **memory}
+            new_shared[n] = {"metric": metric, "dual_sum": dual_sum, **memory}
+        new_shared[SEEN] = {"all": num_seen == len(round_.all_worker_weights)}
+        new_shared[FORMED] = {"all": shared[FORMED]["all"] | all(METRIC + n in message_sum for n in round_.weights)}
         return ConsensusResult(weights, new_shared, penalty)

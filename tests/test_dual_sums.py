@@ -1,0 +1,146 @@
+"""The sum of the duals is not sent where it follows from the last one: that it is still the sum, whatever happens."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_ranks
+from problems import make_trainer
+from test_checkpoint import save
+from test_optim_local import finish, make_net, shard_of, train_on_shard
+
+from pisa_dist import checkpoint
+from pisa_dist.algorithms import ALGORITHMS
+from pisa_dist.algorithms.pisa_local import DUAL
+from pisa_dist.clock import Clock
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def true_sums(trainer):
+    """sum_i alpha_i pi_i of every parameter."""
+    alpha = torch.tensor(trainer.worker_weight, dtype=torch.float64)
+    return {n: torch.tensordot(alpha, trainer.state.workers[n]["dual"], dims=1) for n in trainer.state.weights}
+
+
+def sent_duals(trainer):
+    """Runs a round; whether its messages had duals."""
+    names, exchange = [], trainer._exchange
+
+    class Watched:
+        parts = exchange.parts
+
+        def __call__(self, local):
+            names.extend(local.message_names)
+            return exchange(local)
+
+    trainer._exchange = Watched()
+    trainer.run_round()
+    trainer._exchange = exchange
+    return any(name.startswith(DUAL) for name in names)
+
+
+def assert_known(trainer):
+    for name, expected in true_sums(trainer).items():
+        torch.testing.assert_close(trainer.state.shared[name]["dual_sum"], expected, rtol=1e-12, atol=1e-13)
+
+
+PLANS = {
+    "everyone": {},
+    "some": {"participation": 0.4},
+    "late": {"clock": Clock(speed_spread=4.0, period=4.0)},
+}
+
+
+@pytest.mark.parametrize("metric", ["adam", "muon", "kron"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_it_is_the_sum_after_every_round_and_is_not_sent_once_all_have_been_seen(plan, metric):
+    algorithm = ALGORITHMS["pisa_local"](metric=metric, penalty_growth=1.02, metric_rounds=2)
+    trainer = make_trainer(algorithm, num_workers=5, rounds=60, local_steps=4, **PLANS[plan])
+    assert trainer.state.num_participations.sum() == 0
+    for _ in range(60):
+        was_complete = bool((trainer.state.num_participations > 0).all())
+        assert sent_duals(trainer) == (not was_complete)
+        assert_known(trainer)
+    assert was_complete
+
+
+def test_a_method_that_changes_to_local_steps_knows_it_from_the_steps_before():
+    trainer = make_trainer(ALGORITHMS["pisa_auto"](), is_skewed=False, rounds=8, local_steps=5)
+    sent = [sent_duals(trainer) for _ in range(8)]
+    assert sent == [True] + 7 * [False]
+    assert_known(trainer)
+
+
+def test_a_robust_rule_gets_the_duals_in_every_round():
+    """A median of sums that follow from medians is not the median of the duals."""
+    trainer = make_trainer(ALGORITHMS["pisa_local"](), rounds=4, local_steps=4)
+    trainer = replace(trainer, plan=replace(trainer.plan, consensus="median"))
+    assert [sent_duals(trainer) for _ in range(4)] == [True] * 4
+
+
+@pytest.mark.parametrize("change", ["workers", "weights"])
+@pytest.mark.parametrize("name", ["pisa_local", "pisa_auto"])
+def test_it_is_sent_again_after_a_resume_with_other_workers_or_weights(name, change, tmp_path):
+    def trainer_of(num_workers):
+        algorithm = ALGORITHMS[name]()
+        return make_trainer(algorithm, num_workers=num_workers, rounds=9, local_steps=4, is_skewed=False)
+
+    before = trainer_of(3)
+    for _ in range(5):
+        before.run_round()
+    path = save(before, tmp_path)
+    same = trainer_of(3)
+    checkpoint.load(same, path)
+    assert not sent_duals(same)
+    after = trainer_of(3 if change == "weights" else 4)
+    if change == "weights":
+        after = replace(after, worker_weight=[0.2, 0.3, 0.5])
+    checkpoint.load(after, path, resize="resplit")
+    assert [sent_duals(after) for _ in range(3)] == [True, False, False]
+    assert_known(after)
+
+
+# The drop-in optimizer, on two ranks
+
+
+def change_what_it_is_made_of(rank, num_ranks):
+    """Largest error of the sum, and bytes of the size of the model, in rounds of one case after the other."""
+    model, optimizer = make_net(rank, metric_rounds=1, metric_interval=1000)
+    numel, found = sum(p.numel() for p in model.parameters()), []
+
+    def train(label):
+        for _ in range(2):
+            before = optimizer.bytes_sent
+            finish(train_on_shard(optimizer, model, shard_of(rank), rounds=1, worker=rank))
+            errors = []
+            for state in optimizer.state.values():
+                true_sum = optimizer.worker_weight * state["dual"]
+                dist.all_reduce(true_sum)
+                if "dual_sum" in state:
+                    errors.append(float((state["dual_sum"] - true_sum).abs().max() / true_sum.abs().max()))
+            found.append((label, (optimizer.bytes_sent - before) // (8 * numel), max(errors, default=None)))
+
+    train("first")
+    optimizer.param_groups[0]["lr"] = 0.5 + rank
+    train("an lr for each rank")
+    optimizer.param_groups[0].update(enlarge_batch=True, lr=1.0)
+    train("large steps")
+    optimizer.param_groups[0]["enlarge_batch"] = False
+    train("local steps again")
+    state = optimizer.state_dict()
+    _, optimizer = make_net(rank, metric_rounds=1, metric_interval=1000, worker_weight=[5.0, 1.0][rank])
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    optimizer.load_state_dict(state)
+    train("other weights")
+    return found
+
+
+def test_ranks_send_their_duals_again_only_where_their_sum_does_not_follow():
+    for found in run_ranks(change_what_it_is_made_of, 2):
+        tensors = [number for _, number, _ in found]
+        assert tensors == [3, 1, 1, 1, 1, 1, 2, 1, 2, 1]  # in the first round P, too
+        errors = {label: error for label, _, error in found}
+        assert errors.pop("large steps") is None  # not kept: it is what comes in
+        assert all(error < 1e-12 for error in errors.values())
