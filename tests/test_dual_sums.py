@@ -78,6 +78,10 @@ def test_a_robust_rule_gets_the_duals_in_every_round():
     trainer = make_trainer(ALGORITHMS["pisa_local"](), rounds=4, local_steps=4)
     trainer = replace(trainer, plan=replace(trainer.plan, consensus="median"))
     assert [sent_duals(trainer) for _ in range(4)] == [True] * 4
+    summed = replace(trainer, plan=replace(trainer.plan, consensus="sum", rounds=6))  # as after a resume
+    summed.state = trainer.state
+    assert [sent_duals(summed) for _ in range(2)] == [True, False]
+    assert_known(summed)
 
 
 @pytest.mark.parametrize("change", ["workers", "weights"])

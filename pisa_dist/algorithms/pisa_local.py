@@ -35,7 +35,7 @@ from pisa_dist.checks import check_choice
 # Keys of a message, before the parameter's name.
 PULL, DUAL, METRIC = "pull of ", "dual of ", "rms of "
 # Of a worker the steps that it has taken so far, without any it is not seen yet; of a message the weight and the number
-# of those seen; of the shared state whether that is everyone.
+# of those seen; of the shared state whether that is everyone, and the sum of the duals therefore that of all.
 SEEN = "weight seen"
 # Of the shared state: whether P is formed for every parameter.
 FORMED = "metric formed"
@@ -293,6 +293,6 @@ class PisaLocal(Algorithm):
                 eps=self.eps,
             )
             new_shared[n] = {"metric": metric, "dual_sum": dual_sum, **memory}
-        new_shared[SEEN] = {"all": num_seen == len(round_.all_worker_weights)}
+        new_shared[SEEN] = {"all": (num_seen == len(round_.all_worker_weights)) & round_.is_summed}
         new_shared[FORMED] = {"all": shared[FORMED]["all"] | all(METRIC + n in message_sum for n in round_.weights)}
         return ConsensusResult(weights, new_shared, penalty)
