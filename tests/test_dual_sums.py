@@ -1,6 +1,7 @@
 """The sum of the duals is not sent where it follows from the last one: that it is still the sum, whatever happens."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from harness import run_ranks
 from problems import make_trainer
 from test_checkpoint import save
 from test_optim_local import finish, make_net, shard_of, train_on_shard
+from torch import nn
 
-from pisa_dist import checkpoint
+from pisa_dist import PISA, checkpoint
 from pisa_dist.algorithms import ALGORITHMS
 from pisa_dist.algorithms.pisa_local import DUAL
 from pisa_dist.clock import Clock
+from pisa_dist.rounds import begin_round, contribution, end_round, local_step
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -106,7 +109,34 @@ def test_it_is_sent_again_after_a_resume_with_other_workers_or_weights(name, cha
     assert_known(after)
 
 
-# The drop-in optimizer, on two ranks
+# The drop-in optimizer
+
+
+def test_where_workers_have_penalties_of_their_own_their_weights_count_by_them_as_in_the_paper():
+    """w_next = (sum_i alpha_i sigma_i w_i + P^-1 sum_i alpha_i pi_i) / sum_i alpha_i sigma_i."""
+    double = partial(torch.tensor, dtype=torch.float64)
+    alpha, sigma, metric = [0.3, 0.7], [20.0, 50.0], double([0.5, 2.0])
+    group = PISA([nn.Parameter(torch.zeros(2))], local_steps=3, metric="adam", metric_rounds=1).param_groups[0]
+    weights, states, sent, pulls = torch.ones(2, dtype=torch.float64), [{}, {}], [], []
+    for i, state in enumerate(states):
+        begin_round(state, weights, group)
+        del state["gradient_sum"]  # as after a first round
+        state.update(num_rounds=1, is_formed=True, metric=metric, dual=double([0.1, -0.2 * i]))
+        state.update(dual_sum=double([0.1, -0.2 * alpha[1]]), summed_weight=alpha[i], summed_ranks=2)
+        group["penalty"] = sigma[i]
+        for step in range(3):
+            local_step(state, double([1.0 + step, 3.0 * i - 1]), group)
+        sent.append(contribution(state, group, penalty=sigma[i], weight=alpha[i], num_ranks=2))
+        pulls.append(alpha[i] * sigma[i] * (weights + state["displacement"]))
+    assert all(mine.follows and len(mine.message) == 1 for mine in sent)
+    message_sum = sum(a * mine.message[0] for a, mine in zip(alpha, sent, strict=True))
+    mean = sum(a * s for a, s in zip(alpha, sigma, strict=True))
+    dual_sum = sum(a * mine.dual for a, mine in zip(alpha, sent, strict=True))
+    for i, state in enumerate(states):
+        total = {"penalty": mean, "weight_sum": 1.0, "seen": 1.0, "dual_sum": None, "weight": alpha[i], "num_ranks": 2}
+        end_round(state, sent[i].dual, [message_sum], group, **total)
+        torch.testing.assert_close(state["dual_sum"], dual_sum, rtol=1e-12, atol=0)
+        torch.testing.assert_close(state["anchor"], (sum(pulls) + dual_sum / metric) / mean, rtol=1e-12, atol=0)
 
 
 def change_what_it_is_made_of(rank, num_ranks):
