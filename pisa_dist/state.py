@@ -22,6 +22,7 @@ class TrainingState:
         workers: the method's state of the hosted workers, stacked in worker order.
         num_participations: rounds that each hosted worker has taken part in, int64 [hosted].
         num_steps: local steps that each hosted worker has taken in those, int64 [hosted].
+        has_taken_part: whether each worker of the run has, bool [workers].
         fetched: by round, the weights after it that some hosted worker is still at work with; only `clock.period` lets
             one be at work beyond a consensus.
         round_number: rounds done.
@@ -40,6 +41,7 @@ class TrainingState:
     workers: State
     num_participations: Tensor
     num_steps: Tensor
+    has_taken_part: Tensor
     fetched: dict[int, Tensors] = field(default_factory=dict)
     round_number: int = 0
     samples_seen: int = 0

@@ -110,6 +110,7 @@ class Trainer:
             workers=self.algorithm.init_worker_state(weights, len(self.hosted)),
             num_participations=torch.zeros(len(self.hosted), dtype=torch.int64),
             num_steps=torch.zeros(len(self.hosted), dtype=torch.int64),
+            has_taken_part=torch.zeros(len(self.shard_sizes), dtype=torch.bool),
         )
 
     def run(self) -> Iterator[tuple[int, RoundOutcome, dict[str, float | int | None] | None]]:
@@ -147,7 +148,6 @@ class Trainer:
             return RoundOutcome()
         footprint = partial(self._footprint, f"in round {number}", batch_size=self.plan.batch_size)
         with torch.no_grad(), explain_out_of_memory(footprint):
-            chosen = set(present)
             present_weight = float(self._alpha[list(present)].sum())
             works = self._works(scheduled, present_weight)
             local = LocalRound(
@@ -155,7 +155,7 @@ class Trainer:
                 hosted=self.hosted,
                 present=present,
                 present_weight=present_weight,
-                absent=[row for row, worker in enumerate(self.hosted) if worker not in chosen],
+                absent=[row for row, worker in enumerate(self.hosted) if worker not in scheduled.fetched],
                 has_taken_part=self.state.num_participations.bool().tolist(),
                 standing_message=partial(self._standing_message, works[0].round_),
                 worker_weight=self._alpha,
@@ -176,7 +176,7 @@ class Trainer:
             if result is None or problem is not None:
                 return outcome
             residuals = self._residuals(result, total.primal_square)
-            self._commit(local.works, result, total.buffers)
+            self._commit(local, result, total.buffers)
         self.state.loss_sum += total.loss
         self.state.loss_rounds += 1
         warning = self._warning(total.loss, *residuals)
@@ -287,7 +287,7 @@ class Trainer:
             stack, start = self._stack(group, num_steps, scheduled.number), 0
             for part in self._exchange.parts(stack.rows, self.choice.block):
                 sections = stack.sections(start, start + len(part))
-                works.append(self._work(part, sections, num_steps, weights, scheduled.number, present_weight))
+                works.append(self._work(part, sections, num_steps, weights, scheduled, present_weight))
                 start += len(part)
         return works
 
@@ -297,7 +297,7 @@ class Trainer:
         sections: Sequence[Section],
         num_steps: int,
         weights: Tensors,
-        number: int,
+        scheduled: ScheduledRound,
         present_weight: float,
     ) -> Work:
         """Local work of some present hosted workers, in one call of the method."""
@@ -311,7 +311,7 @@ class Trainer:
             buffers=self.state.buffers,
         )
         round_ = Round(
-            number=number,
+            number=scheduled.number,
             num_rounds=self.plan.rounds,
             num_local_steps=num_steps,
             weights=weights,
@@ -320,6 +320,7 @@ class Trainer:
             all_worker_weights=self._alpha,
             present_weight=present_weight,
             shared=self.state.shared,
+            has_newcomers=not bool(self.state.has_taken_part[list(scheduled.present)].all()),
             is_summed=self.plan.consensus == "sum",
             num_participations=(self.state.num_participations[rows] + 1).to(self._device),
             num_steps_before=self.state.num_steps[rows].to(self._device),
@@ -374,13 +375,14 @@ class Trainer:
     def _pairs(self, new: Tensors) -> Iterator[tuple[Tensor, Tensor]]:
         return ((new[name], old) for name, old in self.state.weights.items())
 
-    def _commit(self, works: Sequence[Work], result: ConsensusResult, buffers: Tensors) -> None:
+    def _commit(self, local: LocalRound, result: ConsensusResult, buffers: Tensors) -> None:
         state = self.state
+        state.has_taken_part[list(local.present)] = True
         state.weights, state.shared = result.weights, result.shared
         for name, change in buffers.items():
             old = state.buffers[name]
             state.buffers[name] = old + (change if old.is_floating_point() else change.round()).to(old.dtype)
-        for work in works:
+        for work in local.works:
             if list(work.rows) == list(range(len(self.hosted))):
                 state.workers = work.result.state
             else:

@@ -58,15 +58,20 @@ PLANS = {
 
 @pytest.mark.parametrize("metric", ["adam", "muon", "kron"])
 @pytest.mark.parametrize("plan", PLANS)
-def test_it_is_the_sum_after_every_round_and_is_not_sent_once_all_have_been_seen(plan, metric):
+def test_it_is_the_sum_after_every_round_and_is_sent_only_where_a_new_worker_is_present(plan, metric):
     algorithm = ALGORITHMS["pisa_local"](metric=metric, penalty_growth=1.02, metric_rounds=2)
     trainer = make_trainer(algorithm, num_workers=5, rounds=60, local_steps=4, **PLANS[plan])
     assert trainer.state.num_participations.sum() == 0
-    for _ in range(60):
-        was_complete = bool((trainer.state.num_participations > 0).all())
-        assert sent_duals(trainer) == (not was_complete)
+    seen, expected, sent = set(), [], []
+    for number in range(1, 61):
+        present = set(trainer.schedule.at(number).present)
+        expected.append(bool(present - seen))
+        seen |= present
+        sent.append(bool(present) and sent_duals(trainer))
         assert_known(trainer)
-    assert was_complete
+    assert sent == expected
+    assert sum(sent) in range(1, 6)
+    assert len(seen) == 5
 
 
 def test_a_method_that_changes_to_local_steps_knows_it_from_the_steps_before():

@@ -44,6 +44,7 @@ class Round:
         present_weight: sum of alpha_i over all workers that are present in this round, on any rank.
         num_participations: t_i, how often each present worker has taken part, this round included, shape [workers].
         num_steps_before: local steps that each present worker has taken in earlier rounds, int64 [workers].
+        has_newcomers: whether a worker that is present, on any rank, takes part for the first time.
         is_summed: whether the messages are summed; a robust rule makes something else of them.
         gradients: the gradient oracle.
         shared: the method's shared state.
@@ -61,6 +62,7 @@ class Round:
     num_steps_before: Tensor
     gradients: Gradients
     shared: State = field(default_factory=dict)
+    has_newcomers: bool = True
     is_summed: bool = True
 
     def stacked_weights(self) -> Tensors:

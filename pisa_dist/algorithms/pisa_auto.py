@@ -31,7 +31,7 @@ class PisaAuto(Algorithm):
     - rho follows sigma and the number of local steps, so that a round's steps together forget about two thirds of a
       dual.
 
-    A message is one tensor of the model's size; with local steps one more until all workers have been seen, and one
+    A message is one tensor of the model's size; with local steps one more where a new worker is present, and one
     more in the rounds that form P.
 
     Attributes:
@@ -92,7 +92,7 @@ class PisaAuto(Algorithm):
         share = agreement(
             torch.stack([message_sum[DUAL + n].square().sum() for n in round_.weights]).sum(),
             message_sum[SQUARES],
-            seen=message_sum[SEEN][0],
+            seen=message_sum[SEEN],
         )
         if len(round_.all_worker_weights) == 1:  # nobody to disagree with
             share = torch.ones_like(share)

@@ -34,11 +34,10 @@ from pisa_dist.checks import check_choice
 
 # Keys of a message, before the parameter's name.
 PULL, DUAL, METRIC = "pull of ", "dual of ", "rms of "
-# Of a worker the steps that it has taken so far, without any it is not seen yet; of a message the weight and the number
-# of those seen; of the shared state whether that is everyone, and the sum of the duals therefore that of all.
+# Steps that a worker has taken so far; a worker without any is not seen yet.
 SEEN = "weight seen"
-# Of the shared state: whether P is formed for every parameter.
-FORMED = "metric formed"
+# Of the shared state: whether P is formed for every parameter, and whether the sum of the duals is that of all workers.
+KNOWN = "what is known"
 
 
 @dataclass
@@ -57,8 +56,8 @@ class PisaLocal(Algorithm):
     `metric_interval`.
 
     The sum of the duals takes the same step as every dual, with sum_i alpha_i u_i, so that a message is one tensor of
-    the model's size. Until all workers have been seen it is two, since a new worker's dual comes otherwise, and in the
-    rounds that form P one more.
+    the model's size; where a new worker is present it is two, since its dual comes otherwise, and in the rounds that
+    form P one more.
 
     With `enlarge_batch` a worker stays at w instead, u_i = 0, and pi_i becomes minus the mean of its gradients there:
     one step of a larger batch, of the `local_steps` minibatches, or of one pass over its data if that is less. It is
@@ -113,7 +112,7 @@ class PisaLocal(Algorithm):
         return None if self.metric == "none" else f"{SEEN}/steps"
 
     def without_sums(self, shared: State) -> State:  # noqa: D102 - as in Algorithm
-        return shared if self.metric == "none" else shared | {SEEN: {"all": torch.tensor(False)}}
+        return shared | {KNOWN: shared[KNOWN] | {"dual_sum": torch.tensor(False)}} if KNOWN in shared else shared
 
     def needs_one_pass(self, shared: State) -> bool:  # noqa: D102 - as in Algorithm
         return self.enlarge_batch
@@ -152,7 +151,7 @@ class PisaLocal(Algorithm):
         for name, p in parameters.items():
             zeros = torch.zeros_like(p, dtype=state_dtype(p.dtype))
             shared[name] = {"metric": zeros, "dual_sum": zeros.clone(), **rule.init_state(zeros)}
-        return shared | {SEEN: {"all": torch.tensor(False)}, FORMED: {"all": torch.tensor(False)}}
+        return shared | {KNOWN: {"metric": torch.tensor(False), "dual_sum": torch.tensor(False)}}
 
     def local_work(self, round_: Round, state: State) -> LocalResult:  # noqa: D102 - as in Algorithm
         return self._one_step(round_, state) if self.enlarge_batch else self._local_steps(round_, state)
@@ -235,25 +234,25 @@ class PisaLocal(Algorithm):
         return self._standing(state, worker_weight, round_)
 
     def _standing(self, state: State, worker_weight: Tensor, round_: Round) -> Tensors:
-        """What workers stand for, present or absent: weighted duals and RMS where needed, and those seen."""
+        """What workers stand for, present or absent: duals and RMS where needed, and the weight of those seen."""
         steps = state[SEEN]["steps"]
         message: Tensors = {}
         if not self._knows_dual_sum(round_):
             message |= {DUAL + n: weighted_sum(state[n]["dual"], worker_weight) for n in round_.weights}
         names = self._forming_metric(round_)
         message |= {METRIC + n: weighted_sum(self._rms(state[n], steps), worker_weight) for n in names}
-        seen = (steps > 0).to(steps.dtype)
-        return message | {SEEN: torch.stack([weighted_sum(seen, worker_weight), seen.sum()])}
+        return message | {SEEN: weighted_sum((steps > 0).to(steps.dtype), worker_weight)}
 
     def _knows_dual_sum(self, round_: Round) -> bool:
         """Whether the next sum of the duals follows from the last one and the displacements."""
-        return not self.enlarge_batch and round_.is_summed and bool(round_.shared[SEEN]["all"])
+        has_followed = round_.is_summed and not round_.has_newcomers and not self.enlarge_batch
+        return has_followed and bool(round_.shared[KNOWN]["dual_sum"])
 
     def _forming_metric(self, round_: Round) -> list[str]:
         """Parameters whose P is formed in this round: when it is due, and where local steps begin without one."""
         rule = METRICS[self.metric]
         is_due = is_metric_due(round_.number, metric_rounds=self.metric_rounds, metric_interval=self.metric_interval)
-        if rule is None or not (is_due or not (self.enlarge_batch or bool(round_.shared[FORMED]["all"]))):
+        if rule is None or not (is_due or not (self.enlarge_batch or bool(round_.shared[KNOWN]["metric"]))):
             return []
         shapes = {n: w.shape for n, w in round_.weights.items()}
         return [n for n, shape in shapes.items() if is_metric_used(rule, shape, enlarge_batch=self.enlarge_batch)]
@@ -273,7 +272,6 @@ class PisaLocal(Algorithm):
                 for n, w in round_.weights.items()
             }
             return ConsensusResult(weights, shared, penalty)
-        weight_seen, num_seen = message_sum[SEEN]
         weights, new_shared = {}, {}
         for n, w in round_.weights.items():
             metric, dual_sum = shared[n]["metric"], message_sum.get(DUAL + n)
@@ -284,7 +282,7 @@ class PisaLocal(Algorithm):
                 message_sum.get(PULL + n),
                 dual_sum,
                 message_sum.get(METRIC + n),
-                seen=weight_seen,
+                seen=message_sum[SEEN],
                 rule=rule,
                 metric=metric,
                 metric_state={kind: value for kind, value in shared[n].items() if kind not in ("metric", "dual_sum")},
@@ -293,6 +291,9 @@ class PisaLocal(Algorithm):
                 eps=self.eps,
             )
             new_shared[n] = {"metric": metric, "dual_sum": dual_sum, **memory}
-        new_shared[SEEN] = {"all": (num_seen == len(round_.all_worker_weights)) & round_.is_summed}
-        new_shared[FORMED] = {"all": shared[FORMED]["all"] | all(METRIC + n in message_sum for n in round_.weights)}
+        is_formed = all(METRIC + n in message_sum for n in round_.weights)
+        new_shared[KNOWN] = {
+            "metric": shared[KNOWN]["metric"] | is_formed,
+            "dual_sum": torch.tensor(round_.is_summed),
+        }
         return ConsensusResult(weights, new_shared, penalty)
