@@ -234,6 +234,7 @@ class LocalPISA(WorkerOptimizer):
             What the closure returned, else None.
 
         Raises:
+            ValueError: at a consensus, ranks differ in `enlarge_batch`, which was changed since the start.
             FloatingPointError: at a consensus, on every rank, if `on_nonfinite` is "raise": a gradient of the round was
                 NaN or infinite on some rank, or the sum of the messages overflowed. The round is void.
             ConsensusError: another rank is gone.
@@ -288,16 +289,23 @@ class LocalPISA(WorkerOptimizer):
         ]
         first_fault = groups[0]["first_fault"]
         fault = None if first_fault is None else Fault(self._consensus.rank, first_fault)
+        pulled = [place for place, slot in enumerate(slots) if has_pull(groups[slot.group])]
         scalars = [1.0, *penalties, *(float(is_seen(state)) for state in states)]
         buffer = self._weighted_sum(
             [message for mine in own for message in mine.message],
             weight,
-            [*fault_scalars(fault), *(weight * scalar for scalar in scalars), float(all(mine.follows for mine in own))],
+            [
+                *fault_scalars(fault),
+                *(weight * scalar for scalar in scalars),
+                float(all(mine.follows for mine in own)),
+                float(len(pulled)),
+            ],
         )
-        *sums, num_following = buffer.scalars.tolist()
+        *sums, num_following, num_pulled = buffer.scalars.tolist()
+        if num_pulled != num_ranks * len(pulled):
+            raise ValueError("`enlarge_batch` must be changed on every rank alike, got ranks that differ in it")
         problem = describe_faults(sums, fault, [slot.label for slot in slots])
         overflow = describe_overflow(buffer.flat[: buffer.num_values], loss=0.0)
-        pulled = [place for place, slot in enumerate(slots) if has_pull(groups[slot.group])]
         dual_sums: dict[int, Tensor] = {}
         if overflow is None and num_following < num_ranks:  # all know it: some dual, a first one, is in no sum yet
             others = self._weighted_sum([own[place].dual for place in pulled], weight, [])

@@ -176,6 +176,19 @@ def change_what_it_is_made_of(rank, num_ranks):
     return found
 
 
+def change_one_rank_alone(rank, num_ranks):
+    model, optimizer = make_net(rank, metric_rounds=1, metric_interval=1000)
+    finish(train_on_shard(optimizer, model, shard_of(rank), rounds=1, worker=rank))
+    optimizer.param_groups[0]["enlarge_batch"] = rank == 1
+    with pytest.raises(ValueError, match="`enlarge_batch` must be changed on every rank alike"):
+        finish(train_on_shard(optimizer, model, shard_of(rank), rounds=1, worker=rank))
+    return True
+
+
+def test_a_rank_that_changes_to_large_steps_alone_is_refused_on_every_rank():
+    assert run_ranks(change_one_rank_alone, 2) == [True, True]
+
+
 def test_ranks_send_their_duals_again_only_where_their_sum_does_not_follow():
     for found in run_ranks(change_what_it_is_made_of, 2):
         tensors = [number for _, number, _ in found]
