@@ -11,8 +11,7 @@ from torch import Tensor
 
 from pisa_dist.admm.local_round import (
     first_dual,
-    is_metric_due,
-    is_metric_used,
+    is_forming_metric,
     local_scale,
     local_solver,
     metric_consensus,
@@ -54,6 +53,7 @@ def begin_round(state: dict[str, Any], weights: Tensor, group: ParamGroup) -> No
             zeros = torch.zeros_like(dual)
             state.update(gradient_sum=zeros, num_summed=0, metric=zeros.clone(), is_formed=False)
             state.update(rule.init_state(zeros))
+    state.setdefault("is_formed", True)  # one saved before this was kept
     if group["enlarge_batch"]:
         state.update(gradient_sum=torch.zeros_like(state["dual"]), num_summed=0)
     state["anchor"] = weights.to(state["dual"].dtype, copy=True)
@@ -138,7 +138,16 @@ def contribution(
     if has_sum:
         displacement = newcomers_displacement(displacement, metric)
     message = [penalty * displacement if has_pull(group) else dual]
-    if _is_forming_metric(state, group):
+    rule = METRICS[group["metric"]]
+    if rule is not None and is_forming_metric(
+        state["num_rounds"] + 1,
+        rule=rule,
+        shape=dual.shape,
+        is_formed=state["is_formed"],
+        enlarge_batch=group["enlarge_batch"],
+        metric_rounds=group["metric_rounds"],
+        metric_interval=group["metric_interval"],
+    ):
         message.append(solver.rms(state, count=max(state["num_steps"], 1)))
     was_summed = (state.get("summed_weight"), state.get("summed_ranks")) == (weight, num_ranks)
     return Contribution(dual, message, follows=not has_pull(group) or (was_summed and not has_sum))
@@ -147,15 +156,6 @@ def contribution(
 def has_pull(group: ParamGroup) -> bool:
     """Whether a worker sends sigma u_i and not its dual."""
     return group["metric"] != "none" and not group["enlarge_batch"]
-
-
-def _is_forming_metric(state: dict[str, Any], group: ParamGroup) -> bool:
-    """Whether P is formed in this round: when it is due, and where local steps begin without it."""
-    rule, number = METRICS[group["metric"]], state["num_rounds"] + 1
-    if rule is None or not is_metric_used(rule, state["dual"].shape, enlarge_batch=group["enlarge_batch"]):
-        return False
-    is_due = is_metric_due(number, metric_rounds=group["metric_rounds"], metric_interval=group["metric_interval"])
-    return is_due or not state.get("is_formed", True)
 
 
 def is_seen(state: dict[str, Any]) -> bool:
@@ -215,11 +215,12 @@ def end_round(
         relaxation=group["relaxation"],
         eps=group["eps"],
     )
-    state.update(metric_state, is_formed=bool(others) or state.get("is_formed", True))
-    for name in _SUM:
-        state.pop(name, None)
+    state.update(metric_state, is_formed=bool(others) or state["is_formed"])
     if has_pull(group):
         state.update(dual_sum=dual_sum, summed_weight=weight, summed_ranks=num_ranks)
+    else:
+        for name in _SUM:
+            state.pop(name, None)
 
 
 def void_round(state: dict[str, Any]) -> None:

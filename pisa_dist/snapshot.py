@@ -140,7 +140,6 @@ def flatten(state: TrainingState, hosted: Sequence[int]) -> Flat:
     flat: Flat = {f"weights/{name}": value for name, value in state.weights.items()}
     flat |= {f"buffers/{name}": value for name, value in state.buffers.items()}
     flat |= {f"shared/{n}/{kind}": v for n, kinds in state.shared.items() for kind, v in kinds.items()}
-    flat["has_taken_part"] = state.has_taken_part
     for row, worker in enumerate(hosted):
         flat[f"workers/{worker}/num_participations"] = state.num_participations[row]
         flat[f"workers/{worker}/num_steps"] = state.num_steps[row]
@@ -157,9 +156,13 @@ def flatten(state: TrainingState, hosted: Sequence[int]) -> Flat:
 
 
 def wanted_keys(keys: Sequence[str], workers: Sequence[int]) -> list[str]:
-    """The keys that a rank needs which hosts `workers`."""
+    """The keys that a rank needs which hosts `workers`: theirs, those of all ranks, and who has taken part."""
     mine = tuple(f"workers/{worker}/" for worker in workers)
-    return [key for key in keys if key.startswith(mine) or not key.startswith("workers/")]
+    return [
+        key
+        for key in keys
+        if key.startswith(mine) or not key.startswith("workers/") or key.endswith("/num_participations")
+    ]
 
 
 def restore(flat: Mapping[str, Tensor], trainer: Trainer) -> TrainingState:
@@ -189,9 +192,6 @@ def restore(flat: Mapping[str, Tensor], trainer: Trainer) -> TrainingState:
         _, name, kind = key.split("/")
         # torch's optimizers keep their step counts on the CPU.
         shared.setdefault(name, {})[kind] = flat[key] if kind == "step" else flat[key].to(device)
-    # One written before this was kept: whoever is present is taken for new, and sends its dual.
-    taken_part, had = torch.zeros_like(old.has_taken_part), flat.get("has_taken_part", old.has_taken_part)
-    taken_part[: len(had)] = had[: len(taken_part)]
     workers = {name: {kind: value.clone() for kind, value in kinds.items()} for name, kinds in old.workers.items()}
     num_participations, num_steps = old.num_participations.clone(), old.num_steps.clone()
     for row, worker in enumerate(trainer.hosted):
@@ -214,7 +214,9 @@ def restore(flat: Mapping[str, Tensor], trainer: Trainer) -> TrainingState:
         workers=workers,
         num_participations=num_participations,
         num_steps=num_steps,
-        has_taken_part=taken_part,
+        has_taken_part=torch.tensor(
+            [bool(flat.get(f"workers/{worker}/num_participations", 0)) for worker in range(len(old.has_taken_part))]
+        ),
         fetched={
             number: {name: take(f"fetched/{number}/{name}", like).to(device) for name, like in old.weights.items()}
             for number in kept

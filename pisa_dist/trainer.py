@@ -128,8 +128,7 @@ class Trainer:
                 started = time.perf_counter()
                 outcome = self.run_round()
                 is_due = self.state.round_number % self.plan.eval_every == 0
-                is_last = self.state.round_number == self.plan.rounds
-                metrics = self.evaluate(outcome) if is_due or is_last else None
+                metrics = self.evaluate(outcome) if is_due or self.state.round_number == self.plan.rounds else None
                 if is_due:  # and not after the extra line of the last round, so that a longer run can go on from here
                     self.state.loss_sum, self.state.loss_rounds = 0.0, 0
                 self.state.seconds += time.perf_counter() - started
@@ -157,7 +156,9 @@ class Trainer:
                 present_weight=present_weight,
                 absent=[row for row, worker in enumerate(self.hosted) if worker not in scheduled.fetched],
                 has_taken_part=self.state.num_participations.bool().tolist(),
-                standing_message=partial(self._standing_message, works[0].round_),
+                standing_message=lambda rows: self.method.standing_message(
+                    self._rows(rows), self._alpha_of(rows), works[0].round_
+                ),
                 worker_weight=self._alpha,
                 buffers=self.state.buffers,
                 wishes=self.wishes(),
@@ -280,6 +281,16 @@ class Trainer:
         for row, worker in enumerate(self.hosted):
             if worker in scheduled.fetched:
                 groups.setdefault((steps[worker], scheduled.fetched[worker]), []).append(row)
+        round_of = partial(
+            Round,
+            number=scheduled.number,
+            num_rounds=self.plan.rounds,
+            all_worker_weights=self._alpha,
+            present_weight=present_weight,
+            shared=self.state.shared,
+            has_newcomers=not bool(self.state.has_taken_part[list(scheduled.present)].all()),
+            is_summed=self.plan.consensus == "sum",
+        )
         works = []
         for (num_steps, fetched), group in sorted(groups.items()) or [((1, scheduled.number - 1), [])]:
             # A resumed run whose clock has been set anew may want weights that were not kept.
@@ -287,7 +298,7 @@ class Trainer:
             stack, start = self._stack(group, num_steps, scheduled.number), 0
             for part in self._exchange.parts(stack.rows, self.choice.block):
                 sections = stack.sections(start, start + len(part))
-                works.append(self._work(part, sections, num_steps, weights, scheduled, present_weight))
+                works.append(self._work(part, sections, num_steps, weights, round_of))
                 start += len(part)
         return works
 
@@ -297,10 +308,9 @@ class Trainer:
         sections: Sequence[Section],
         num_steps: int,
         weights: Tensors,
-        scheduled: ScheduledRound,
-        present_weight: float,
+        round_of: partial[Round],
     ) -> Work:
-        """Local work of some present hosted workers, in one call of the method."""
+        """Local work of some present hosted workers, in one call of the method; `round_of` has what calls share."""
         workers = [self.hosted[row] for row in rows]
         gradients = RoundGradients(
             self.choice.path,
@@ -310,18 +320,11 @@ class Trainer:
             weights=weights,
             buffers=self.state.buffers,
         )
-        round_ = Round(
-            number=scheduled.number,
-            num_rounds=self.plan.rounds,
+        round_ = round_of(
             num_local_steps=num_steps,
             weights=weights,
             workers=workers,
             worker_weight=self._alpha_of(rows),
-            all_worker_weights=self._alpha,
-            present_weight=present_weight,
-            shared=self.state.shared,
-            has_newcomers=not bool(self.state.has_taken_part[list(scheduled.present)].all()),
-            is_summed=self.plan.consensus == "sum",
             num_participations=(self.state.num_participations[rows] + 1).to(self._device),
             num_steps_before=self.state.num_steps[rows].to(self._device),
             gradients=gradients,
@@ -335,9 +338,6 @@ class Trainer:
         """State of some hosted workers; without a copy where they stand next to each other."""
         chosen = _as_slice(rows)
         return {name: {kind: v[chosen] for kind, v in kinds.items()} for name, kinds in self.state.workers.items()}
-
-    def _standing_message(self, round_: Round, rows: Sequence[int]) -> Tensors:
-        return self.method.standing_message(self._rows(rows), self._alpha_of(rows), round_)
 
     def _footprint(self, moment: str, batch_size: int | None = None) -> Footprint:
         # On the device "meta" tensors have sizes and no memory: what is asked for may be what could not be had.

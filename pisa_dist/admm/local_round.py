@@ -40,14 +40,28 @@ def local_scale(preconditioner_scale: float | None, *, penalty: float, local_ste
     return local_steps * penalty if preconditioner_scale is None else divided_by_lr(preconditioner_scale, lr)
 
 
-def is_metric_due(round_number: int, *, metric_rounds: int, metric_interval: int) -> bool:
-    """Whether P is formed anew in a round (from 1): in the first `metric_rounds`, then every `metric_interval`."""
-    return round_number <= metric_rounds or round_number % metric_interval == 0
+def is_forming_metric(
+    round_number: int,
+    *,
+    rule: Metric,
+    shape: torch.Size,
+    is_formed: bool,
+    enlarge_batch: bool,
+    metric_rounds: int,
+    metric_interval: int,
+) -> bool:
+    """Whether a round forms P's diagonal anew: when it is due, and where local steps begin without it.
 
-
-def is_metric_used(rule: Metric, shape: torch.Size, *, enlarge_batch: bool) -> bool:
-    """Whether a round has a use for P's diagonal: local steps do, the consensus where the rule does."""
-    return not enlarge_batch or rule.uses_diagonal(shape)
+    Args:
+        round_number: from 1; it is due in the first `metric_rounds` and then every `metric_interval`.
+        rule: P's; after large steps only the consensus has a use for the diagonal, and that where the rule looks at it.
+        shape: of the parameter.
+        is_formed: whether it ever was.
+        enlarge_batch: whether the round is a large step.
+        metric_rounds, metric_interval: >= 1.
+    """
+    is_due = round_number <= metric_rounds or round_number % metric_interval == 0
+    return is_due and rule.uses_diagonal(shape) if enlarge_batch else is_due or not is_formed
 
 
 def first_dual(gradient_sum: Tensor, num_steps: int) -> Tensor:

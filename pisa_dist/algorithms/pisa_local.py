@@ -1,14 +1,14 @@
 """PISA with local steps and a metric penalty: communicates rarely, and duals hold what local steps would forget."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pisa_dist.admm.local_round import (
     first_dual,
-    is_metric_due,
-    is_metric_used,
+    is_forming_metric,
     local_scale,
     local_solver,
     metric_consensus,
@@ -245,17 +245,24 @@ class PisaLocal(Algorithm):
 
     def _knows_dual_sum(self, round_: Round) -> bool:
         """Whether the next sum of the duals follows from the last one and the displacements."""
-        has_followed = round_.is_summed and not round_.has_newcomers and not self.enlarge_batch
-        return has_followed and bool(round_.shared[KNOWN]["dual_sum"])
+        follows = round_.is_summed and not round_.has_newcomers and not self.enlarge_batch
+        return follows and bool(round_.shared[KNOWN]["dual_sum"])
 
     def _forming_metric(self, round_: Round) -> list[str]:
-        """Parameters whose P is formed in this round: when it is due, and where local steps begin without one."""
+        """Parameters whose P is formed in this round."""
         rule = METRICS[self.metric]
-        is_due = is_metric_due(round_.number, metric_rounds=self.metric_rounds, metric_interval=self.metric_interval)
-        if rule is None or not (is_due or not (self.enlarge_batch or bool(round_.shared[KNOWN]["metric"]))):
+        if rule is None:
             return []
-        shapes = {n: w.shape for n, w in round_.weights.items()}
-        return [n for n, shape in shapes.items() if is_metric_used(rule, shape, enlarge_batch=self.enlarge_batch)]
+        form = partial(
+            is_forming_metric,
+            round_.number,
+            rule=rule,
+            is_formed=bool(round_.shared[KNOWN]["metric"]),
+            enlarge_batch=self.enlarge_batch,
+            metric_rounds=self.metric_rounds,
+            metric_interval=self.metric_interval,
+        )
+        return [n for n, w in round_.weights.items() if form(shape=w.shape)]
 
     def _rms(self, memory: dict[str, Tensor], steps: Tensor) -> Tensor:
         """RMS of each worker's gradients; zero for one that has not been seen."""
