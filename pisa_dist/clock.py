@@ -1,7 +1,6 @@
 """A virtual clock: how long workers of unequal speed take, in seconds that nobody has to wait for."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -47,27 +46,25 @@ class Clock:
         """Whether there are speeds, and so virtual seconds."""
         return self.speeds is not None or self.speed_spread is not None
 
-    def durations(self, num_steps: Sequence[int], *, seed: int) -> Floats:
-        """Virtual seconds that each worker's local work takes, [workers]; zero without a clock.
+    def speeds_of(self, num_workers: int, *, seed: int) -> Floats:
+        """Local steps per virtual second of every worker of the run, [workers]; infinite without a clock.
 
         Args:
-            num_steps: local steps of every worker of the run in a round.
+            num_workers: of the run.
             seed: with the worker the key of a drawn speed.
 
         Raises:
             ValueError: there are not as many speeds as workers.
         """
-        if self.speeds is not None and len(self.speeds) != len(num_steps):
+        if self.speed_spread is not None:
+            return drawn_speeds(self.speed_spread, num_workers, seed=seed)
+        if self.speeds is None:
+            return np.full(num_workers, np.inf)
+        if len(self.speeds) != num_workers:
             raise ValueError(
-                f"`clock.speeds` must be one number for each of {len(num_steps)} workers, got {len(self.speeds)}"
+                f"`clock.speeds` must be one number for each of {num_workers} workers, got {len(self.speeds)}"
             )
-        if not self.is_running:
-            return np.zeros(len(num_steps))
-        speeds = (
-            self.speeds if self.speed_spread is None else drawn_speeds(self.speed_spread, len(num_steps), seed=seed)
-        )
-        durations: Floats = np.array(num_steps) / np.array(speeds)
-        return durations
+        return np.array(self.speeds)
 
 
 def drawn_speeds(spread: float, num_workers: int, *, seed: int) -> Floats:

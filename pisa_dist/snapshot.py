@@ -205,7 +205,8 @@ def restore(flat: Mapping[str, Tensor], trainer: Trainer) -> TrainingState:
             for kind, value in kinds.items():
                 value[row] = take(f"workers/{worker}/{name}/{kind}", value[row]).to(device)
     counters: dict[str, Any] = {name: take(f"counters/{name}").item() for name in (*_INTEGERS, *_FLOATS)}
-    held = trainer.schedule.at(counters["round_number"]).held(trainer.hosted)
+    one_pass_rounds = trainer.algorithm.one_pass_rounds(shared)
+    held = trainer.schedule.at(counters["round_number"], one_pass_rounds).held(trainer.hosted)
     kept = [number for number in held if all(f"fetched/{number}/{name}" in flat for name in old.weights)]
     return TrainingState(
         weights={name: take(f"weights/{name}", old.weights[name]).to(device) for name in old.weights},

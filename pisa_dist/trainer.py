@@ -75,12 +75,13 @@ class Trainer:
             self.plan.consensus_trim,
             num_present=num_present(num_workers, self.plan.participation),
         )
-        self._steps = [
-            num_local_steps(size, self.plan.batch_size, self.plan.local_steps, self.plan.local_epochs)
-            for size in self.shard_sizes
+        batch = self.plan.batch_size
+        steps = [
+            num_local_steps(size, batch, self.plan.local_steps, self.plan.local_epochs) for size in self.shard_sizes
         ]
-        self.algorithm.check_run(num_workers=num_workers, local_steps=max(self._steps))
-        self.schedule = Schedule(self.plan, self._steps)
+        self.algorithm.check_run(num_workers=num_workers, local_steps=max(steps))
+        one_pass = [min(most, -(-size // batch)) for size, most in zip(self.shard_sizes, steps, strict=True)]
+        self.schedule = Schedule(self.plan, steps, one_pass)
         self._alpha = torch.tensor(self.worker_weight, dtype=torch.float64)
         if self.plan.on_divergence == "cut" and "lr" not in vars(self.algorithm):
             raise ValueError(f"`on_divergence` cut needs a method with an lr, algorithm={self.algorithm.name} has none")
@@ -140,7 +141,7 @@ class Trainer:
 
     def run_round(self) -> RoundOutcome:
         """One round: local work, one collective, consensus; none of it where nobody takes part."""
-        scheduled = self.schedule.at(self.state.round_number + 1)
+        scheduled = self._scheduled(self.state.round_number + 1)
         number, present = scheduled.number, scheduled.present
         if not present:
             self._count(scheduled, 0)
@@ -236,7 +237,7 @@ class Trainer:
             "dual_residual": outcome.dual_residual,
         }
         if self.plan.clock.is_running:
-            line["virtual_seconds"] = self.schedule.at(state.round_number).virtual_seconds
+            line["virtual_seconds"] = self._scheduled(state.round_number).virtual_seconds
         return line
 
     def export(self) -> nn.Module:
@@ -247,12 +248,9 @@ class Trainer:
                 live[name].copy_(value)
         return self.model
 
-    def _steps_of_round(self) -> list[int]:
-        """Gradient steps of every worker in the next round; the clock counts those of the plan."""
-        if not self.method.needs_one_pass(self.state.shared):
-            return self._steps
-        passes = [-(-size // self.plan.batch_size) for size in self.shard_sizes]
-        return [min(steps, one_pass) for steps, one_pass in zip(self._steps, passes, strict=True)]
+    def _scheduled(self, number: int) -> ScheduledRound:
+        """What the schedule says of a round, up to the next."""
+        return self.schedule.at(number, self.algorithm.one_pass_rounds(self.state.shared))
 
     def _stack(self, rows: Sequence[int], num_steps: int, number: int) -> Stack:
         """Present hosted workers that take so many steps, and what they draw."""
@@ -277,10 +275,9 @@ class Trainer:
         The workers of a call take equally many steps from the same weights: a method needs to know of one of each only.
         """
         groups: dict[tuple[int, int], list[int]] = {}
-        steps = self._steps_of_round()
         for row, worker in enumerate(self.hosted):
             if worker in scheduled.fetched:
-                groups.setdefault((steps[worker], scheduled.fetched[worker]), []).append(row)
+                groups.setdefault((scheduled.num_steps[worker], scheduled.fetched[worker]), []).append(row)
         round_of = partial(
             Round,
             number=scheduled.number,
@@ -357,11 +354,11 @@ class Trainer:
 
     def _count(self, scheduled: ScheduledRound, num_bytes: int) -> None:
         """Counts a round, refused or not, and keeps the weights of before it for hosted workers still at work."""
-        state, batch, steps = self.state, self.plan.batch_size, self._steps_of_round()
+        state, batch = self.state, self.plan.batch_size
         known = {**state.fetched, state.round_number: state.weights}
         state.fetched = {number: known[number] for number in scheduled.held(self.hosted) if number in known}
         state.round_number += 1
-        state.samples_seen += sum(steps[i] * min(batch, self.shard_sizes[i]) for i in scheduled.present)
+        state.samples_seen += sum(n * min(batch, self.shard_sizes[i]) for i, n in scheduled.num_steps.items())
         state.bytes_sent += num_bytes
 
     def _residuals(self, result: ConsensusResult, primal_square: float | None) -> tuple[float | None, float | None]:

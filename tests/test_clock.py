@@ -1,6 +1,7 @@
 """The virtual clock: who is done when, stale displacements, and the same run on any layout and after a kill."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -98,6 +99,33 @@ def test_a_duration_of_seven_periods_takes_seven_though_rounding_makes_it_more()
     assert schedule.at(7).fetched == {0: 0}
 
 
+def test_rounds_of_one_pass_take_its_time_and_what_was_begun_in_one_is_finished():
+    """Ten steps take 10 and 20 seconds, a pass 2 and 8; a consensus every 4; the first two rounds need a pass each."""
+    schedule = Schedule(
+        TrainingPlan(rounds=100, batch_size=1, clock=Clock(speeds=[1.0, 0.5], period=4.0)), [10, 10], [2, 4]
+    )
+    expected = {
+        1: ({0: 0}, {0: 2}),
+        2: ({0: 1, 1: 0}, {0: 2, 1: 4}),
+        3: ({}, {}),
+        5: ({0: 2}, {0: 10}),
+        7: ({1: 2}, {1: 10}),
+        8: ({0: 5}, {0: 10}),
+    }
+    for number, (fetched, num_steps) in expected.items():
+        assert (schedule.at(number, 2).fetched, schedule.at(number, 2).num_steps) == (fetched, num_steps)
+    # As long as the end is not known, it is as if there were none; then rounds before it stay what they were.
+    assert schedule.at(3, math.inf).fetched == {0: 2}
+    assert schedule.at(4, 3).fetched == {1: 2}
+    assert schedule.at(4, 3).num_steps == {1: 4}
+    assert schedule.at(2, 0).fetched == {}
+
+
+def test_without_a_period_a_round_of_one_pass_lasts_as_long_as_the_longest_pass():
+    schedule = Schedule(TrainingPlan(rounds=9, batch_size=1, clock=Clock(speeds=[1.0, 0.5])), [10, 10], [7, 2])
+    assert [schedule.at(number, 2).virtual_seconds for number in range(4)] == [0.0, 7.0, 14.0, 34.0]
+
+
 def test_drawn_speeds_have_median_1_and_the_spread_between_their_quartiles():
     low, median, high = np.quantile(drawn_speeds(3.0, 20000, seed=0), [0.25, 0.5, 0.75])
     assert median == pytest.approx(1.0, rel=0.03)
@@ -130,6 +158,12 @@ def timed(name, clock, *, rounds=7, consensus=None, num_workers=3, **plan):
     )
 
 
+def timed_auto(clock, rounds=3):
+    """Workers that are alike, ten local steps; `pisa_auto` begins with one pass."""
+    plan = {"eval_every": 1, "local_steps": 10, "is_skewed": False}
+    return make_trainer(ALGORITHMS["pisa_auto"](), rounds=rounds, clock=clock, **plan)
+
+
 def finish(trainer):
     lines = [comparable(metrics) for _, _, metrics in trainer.run() if metrics]
     return trainer.state.weights, lines
@@ -143,6 +177,56 @@ def test_with_equal_speeds_and_a_period_that_is_long_enough_the_run_is_the_one_w
     assert all(torch.equal(weights[key], value) for key, value in plain.items())
     assert [line.pop("virtual_seconds") for line in timed_lines] == [0.5 * number for number in range(1, 8)]
     assert timed_lines == lines
+
+
+def test_the_clock_counts_the_steps_that_are_taken():
+    """Shards of 34, 26 and 30 samples are 5, 4 and 4 minibatches; local steps begin after the second round."""
+    trainer = timed_auto(Clock(speeds=[1.0, 0.5, 2.0]))
+    steps, lines = [], []
+    for _, _, metrics in trainer.run():
+        steps.append(trainer.state.num_steps.tolist())
+        lines.append(metrics)
+    assert trainer.algorithm.one_pass_rounds(trainer.state.shared) == 1
+    assert np.diff([[0, 0, 0], *steps], axis=0).tolist() == [[5, 4, 4], [10, 10, 10], [10, 10, 10]]
+    assert [line["virtual_seconds"] for line in lines] == [8.0, 28.0, 48.0]
+    assert [line["samples_seen"] for line in lines] == [8 * 13, 8 * 43, 8 * 73]
+
+
+def test_local_steps_that_begin_while_workers_are_at_work_leave_them_theirs_before_and_after_a_resume(tmp_path):
+    clock = Clock(speeds=[1.0, 0.9, 0.8], period=3.0)  # a pass takes two rounds, ten steps four or five
+    whole = timed_auto(clock, rounds=16)
+    steps = []
+    for number, _, _ in whole.run():
+        steps.append(whole.state.num_steps.tolist())
+        if number in (1, 3, 5):
+            with checkpoint.Checkpointer(tmp_path / str(number)) as checkpointer:
+                checkpointer.save(whole)
+    assert 1 <= whole.algorithm.one_pass_rounds(whole.state.shared) <= 3
+    taken = np.diff([[0, 0, 0], *steps], axis=0)
+    assert [sorted(set(column)) for column in taken.T.tolist()] == [[0, 5, 10], [0, 4, 10], [0, 4, 10]]
+    for number in (1, 3, 5):
+        resumed = timed_auto(clock, rounds=16)
+        checkpoint.load(resumed, checkpoint.newest(tmp_path / str(number)))
+        list(resumed.run())
+        assert resumed.state.num_steps.tolist() == steps[-1]
+        assert all(torch.equal(resumed.state.weights[name], value) for name, value in whole.state.weights.items())
+
+
+def test_a_checkpoint_that_says_only_whether_local_steps_have_begun_still_resumes(tmp_path):
+    """Earlier versions wrote no number of the round; the clock counted all steps then."""
+    first = timed_auto(Clock(), rounds=4)
+    list(first.run())
+    key = first.state.shared["local steps"]
+    assert int(key["begun"]) == 2
+    key["begun"] = key["begun"].bool()
+    with checkpoint.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(first)
+    second = timed_auto(Clock(), rounds=6)
+    checkpoint.load(second, checkpoint.newest(tmp_path))
+    assert second.algorithm.one_pass_rounds(second.state.shared) == 0
+    before = second.state.num_steps.clone()
+    list(second.run())
+    assert (second.state.num_steps - before).tolist() == [20, 20, 20]
 
 
 def test_there_are_no_virtual_seconds_without_a_clock():

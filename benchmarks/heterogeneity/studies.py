@@ -1,6 +1,7 @@
 """What the grid leaves open: absent workers at equal passes, one worker in ten, stragglers, many workers.
 
-    PISA_DATA=<folder with fashion-mnist/> python benchmarks/heterogeneity/studies.py passes few stragglers workers
+    export PISA_DATA=<folder with fashion-mnist/>
+    python benchmarks/heterogeneity/studies.py passes few stragglers budgets workers
 
 Fashion-MNIST, 10,000 training samples, MLP, as in protocol quick. Baselines take the settings that the grid chose for
 the same split at 30 % participation (results.jsonl beside this file), PISA its default. A line per run in
@@ -30,6 +31,7 @@ NUM_TRAIN = 10_000
 SEEDS = (0, 1, 2)
 SPLITS = ("label_1", "label_2", "dirichlet_0.1", "dirichlet_0.5", "noise_0.1", "iid")
 OURS = "pisa"
+PERIODS = (10, 20, 30, 60)  # virtual times at which stragglers' accuracies are shown, in rounds of the median worker
 BASELINES = ("synchronous_muon", "mifa", "feddyn")  # the least mean regret in the grid
 # Log-normal speeds with this factor between the quartiles; the median worker makes one local step in a second.
 SPEED_SPREAD = 4
@@ -127,6 +129,23 @@ def stragglers() -> list[tuple[dict[str, object], list[str]]]:
     return tasks
 
 
+def budgets() -> list[tuple[dict[str, object], list[str]]]:
+    """Waiting for the slowest, PISA with as many rounds as fit in a time, which its schedule then goes by.
+
+    How many fit is read from the runs of `stragglers`.
+    """
+    lines = [json.loads(line) for line in (HERE / "studies.jsonl").read_text().splitlines()]
+    runs = [x for x in lines if (x["study"], x["method"], x.get("wait")) == ("stragglers", OURS, "slowest")]
+    tasks = []
+    for run in runs:
+        for budget in PERIODS[2:]:
+            rounds = sum(seconds <= budget * run["steps"] + 1e-9 for _, _, seconds in run["curve"])
+            facts = {**{key: run[key] for key in ("method", "split", "seed", "wait", "steps")}, "budget": budget}
+            clock = [f"clock.speed_spread={SPEED_SPREAD}", f"eval_every={rounds}", f"rounds={rounds}"]
+            tasks.append(({"study": "budgets", **facts}, overrides(OURS, run["split"], 1.0, run["seed"], *clock)))
+    return tasks
+
+
 def workers() -> list[tuple[dict[str, object], list[str]]]:
     """10, 100 and 1,000 workers, everyone present, minibatches of 10."""
     extra = ("local_steps=10", "batch_size=10", "rounds=3", "eval_every=3", "data.num_train=60000")
@@ -159,8 +178,8 @@ def tables(lines: list[dict]) -> str:
     if "stragglers" in studies:
         out += ["", "Stragglers: accuracy after virtual time, in rounds of the median worker", ""]
         out += [
-            "| split | method | consensus with | 10 | 20 | 30 | 60 |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
+            "| split | method | consensus with | " + " | ".join(map(str, PERIODS)) + " |",
+            "| --- | --- | --- |" + " --- |" * len(PERIODS),
         ]
         for split in ("label_1", "dirichlet_0.5"):
             for method in (OURS, *BASELINES):
@@ -171,9 +190,12 @@ def tables(lines: list[dict]) -> str:
                         if (x["study"], x.get("split"), x["method"], x.get("wait"))
                         == ("stragglers", split, method, wait)
                     ]
-                    cells = [accuracy_at(runs, time_) for time_ in (10, 20, 30, 60)]
+                    cells = [accuracy_at(runs, time_) for time_ in PERIODS]
                     who = "whoever is done" if wait == "median" else "everyone"
                     out.append(f"| {split} | {label(method)} | {who} | " + " | ".join(cells) + " |")
+            cells = [score(study="budgets", split=split, budget=time_).split(" ")[0] for time_ in PERIODS]
+            if set(cells) != {"-"}:
+                out.append(f"| {split} | {label(OURS)}, rounds by the time | everyone | " + " | ".join(cells) + " |")
     if "workers" in studies:
         out += [
             "",
@@ -199,7 +221,7 @@ def accuracy_at(runs: list[dict], rounds_of_median: float) -> str:
 
 def main() -> None:
     """Run the studies named, add their lines to studies.jsonl in place of earlier ones, and write studies.md."""
-    known = {study.__name__: study for study in (passes, few, stragglers, workers)}
+    known = {study.__name__: study for study in (passes, few, stragglers, budgets, workers)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="+", choices=known)
     parser.add_argument("--method", nargs="+", choices=(OURS, *BASELINES), default=(OURS, *BASELINES))

@@ -144,15 +144,16 @@ class Algorithm(ABC):
         """
         return None
 
-    def needs_one_pass(self, shared: State) -> bool:
-        """Whether every gradient of the next round is taken at w, so that a second pass over a shard adds nothing.
+    def one_pass_rounds(self, shared: State) -> float:
+        """How many rounds, from the first, take every gradient at w, so that a second pass over a shard adds nothing.
 
-        A worker then takes as many of its local steps as go once through its shard.
+        In those a worker takes as many of its local steps as go once through its shard. Infinite as long as the end of
+        them is not known: what was said of a round holds once the round has begun.
 
         Args:
-            shared: the shared state before the round.
+            shared: the shared state before the next round.
         """
-        return False
+        return 0
 
     def without_sums(self, shared: State) -> State:
         """The shared state where workers or their weights have changed: no sum over them that was kept holds any more.

@@ -1,5 +1,6 @@
 """PISA that needs no tuning: one knob, the learning rate."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,7 @@ class PisaAuto(Algorithm):
         """The method of a round."""
         progress = min((round_.number - 1) / max(round_.num_rounds - 1, 1), 1.0)
         step = (1 - progress) / FIRST_PENALTY + progress / LAST_PENALTY
-        if self.needs_one_pass(round_.shared):
+        if not local_steps_begun(round_.shared):
             return PisaLocal(penalty=1 / step, lr=self.lr, enlarge_batch=True)
         return PisaLocal(penalty=1 / step, lr=self.lr, metric_rounds=METRIC_ROUNDS, metric_interval=METRIC_INTERVAL)
 
@@ -55,8 +56,8 @@ class PisaAuto(Algorithm):
     def dual_counts_if(self) -> str | None:  # noqa: D102 - as in Algorithm
         return PisaLocal().dual_counts_if
 
-    def needs_one_pass(self, shared: State) -> bool:  # noqa: D102 - as in Algorithm
-        return not bool(shared[LOCAL]["begun"])
+    def one_pass_rounds(self, shared: State) -> float:  # noqa: D102 - as in Algorithm
+        return local_steps_begun(shared) - 1 if local_steps_begun(shared) else math.inf
 
     def without_sums(self, shared: State) -> State:  # noqa: D102 - as in Algorithm
         return PisaLocal().without_sums(shared)
@@ -65,7 +66,7 @@ class PisaAuto(Algorithm):
         return PisaLocal().init_worker_state(parameters, num_workers)
 
     def init_shared_state(self, parameters: Tensors) -> State:  # noqa: D102 - as in Algorithm
-        return PisaLocal().init_shared_state(parameters) | {LOCAL: {"begun": torch.tensor(False)}}
+        return PisaLocal().init_shared_state(parameters) | {LOCAL: {"begun": torch.tensor(0)}}
 
     def local_work(self, round_: Round, state: State) -> LocalResult:  # noqa: D102 - as in Algorithm
         result = self.at(round_).local_work(round_, state)
@@ -78,7 +79,7 @@ class PisaAuto(Algorithm):
 
     def _squares(self, round_: Round, state: State, worker_weight: Tensor) -> Tensors:
         """The `squares` of `agreement` for some workers, while they are asked for."""
-        if not self.needs_one_pass(round_.shared):
+        if local_steps_begun(round_.shared):
             return {}
         duals = [state[name]["dual"] for name in round_.weights]
         square = torch.stack([dual.flatten(1).square().sum(1) for dual in duals]).sum(0)
@@ -87,7 +88,7 @@ class PisaAuto(Algorithm):
 
     def consensus(self, round_: Round, message_sum: Tensors, shared: State) -> ConsensusResult:  # noqa: D102
         result, begun = self.at(round_).consensus(round_, message_sum, shared), shared[LOCAL]["begun"]
-        if not self.needs_one_pass(shared):
+        if local_steps_begun(shared):
             return result._replace(shared=result.shared | {LOCAL: {"begun": begun}})
         share = agreement(
             torch.stack([message_sum[DUAL + n].square().sum() for n in round_.weights]).sum(),
@@ -96,7 +97,13 @@ class PisaAuto(Algorithm):
         )
         if len(round_.all_worker_weights) == 1:  # nobody to disagree with
             share = torch.ones_like(share)
-        return result._replace(shared=result.shared | {LOCAL: {"begun": (share >= AGREEMENT).to(begun.device)}})
+        begun = torch.where(share >= AGREEMENT, round_.number + 1, 0).to(begun.device)
+        return result._replace(shared=result.shared | {LOCAL: {"begun": begun}})
+
+
+def local_steps_begun(shared: State) -> int:
+    """The first round that takes local steps, or 0 where it is not known yet."""
+    return int(shared[LOCAL]["begun"])
 
 
 def agreement(square_of_sum: Tensor, squares: Tensor, *, seen: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """PISA with local steps and a metric penalty: communicates rarely, and duals hold what local steps would forget."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -114,8 +115,8 @@ class PisaLocal(Algorithm):
     def without_sums(self, shared: State) -> State:  # noqa: D102 - as in Algorithm
         return shared | {KNOWN: shared[KNOWN] | {"dual_sum": torch.tensor(False)}} if KNOWN in shared else shared
 
-    def needs_one_pass(self, shared: State) -> bool:  # noqa: D102 - as in Algorithm
-        return self.enlarge_batch
+    def one_pass_rounds(self, shared: State) -> float:  # noqa: D102 - as in Algorithm
+        return math.inf if self.enlarge_batch else 0
 
     def solver(self) -> LocalSolver:
         """The rule of the local steps."""
