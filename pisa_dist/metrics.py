@@ -63,6 +63,32 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def require_fit(model: nn.Module, dataset: Dataset) -> None:
+    """Refuse a model that cannot classify the samples of a data set; tried on the first.
+
+    Args:
+        model: called in evaluation mode; its buffers and each module's mode stay what they were.
+        dataset: on the model's device, in the model's floating type.
+
+    Raises:
+        ValueError: the model raises an error, or has no logit for each class.
+    """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    kind = f"inputs of shape {tuple(dataset.inputs.shape[1:])} and {dataset.inputs.dtype}"
+    try:
+        with torch.no_grad(), evaluation_mode(model), torch.random.fork_rng(devices=[]):
+            logits = logits_of(functional_call(model, buffers, (dataset.inputs[:1],)))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"the model cannot take {kind}: {type(error).__name__}: {error}") from error
+    if logits.ndim < 2 or logits.shape[-1] < dataset.num_classes:
+        raise ValueError(
+            f"the model must return logits of shape [n, {dataset.num_classes}], at least, for n {kind}, "
+            f"got {list(logits.shape)} for one"
+        )
+
+
 def evaluate(model: nn.Module, tensors: Mapping[str, Tensor], dataset: Dataset, *, consensus: Consensus) -> Evaluation:
     """Mean loss and accuracy of a model over a data set, each rank taking an equal slice of it.
 

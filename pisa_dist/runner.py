@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from pisa_dist import checkpoint
 from pisa_dist.consensus import Consensus, make_consensus
@@ -20,6 +21,7 @@ from pisa_dist.data.skew import class_counts, skew_measures
 from pisa_dist.data.splits import SPLITS
 from pisa_dist.distributed import launched_ranks, on_every_rank, on_first_rank, require_same, select_device
 from pisa_dist.guards import RankError
+from pisa_dist.metrics import require_fit
 from pisa_dist.models import build_model
 from pisa_dist.preemption import Preempted, StopRequest
 from pisa_dist.progress import Progress
@@ -156,7 +158,7 @@ def read_data(data: DataConfig) -> TrainTest:
         "cifar10": partial(datasets.cifar10, data.root),
     }
     if isinstance(data, CustomData):
-        return datasets.custom(data._target_, target_arguments(data))
+        return datasets.custom(data._target_, target_arguments(data), keep_integers=data.keep_integers)
     if isinstance(data, LibsvmData):
         return datasets.libsvm(data.train_file, data.test_file)
     return loaders[data.name]()
@@ -252,15 +254,7 @@ def _make_trainer(config: Config, data: TrainTest, parts: Parts, consensus: Cons
         weights = [size / sum(sizes) for size in sizes]
     else:
         weights = [1 / len(sizes)] * len(sizes)
-    model = on_every_rank(
-        lambda: build_model(
-            config.model._target_,
-            target_arguments(config.model),
-            input_shape=data.train.input_shape,
-            num_classes=data.train.num_classes,
-            seed=config.seed,
-        )
-    ).to(device, DTYPES[config.dtype])
+    model = on_every_rank(lambda: _make_model(config, data.train, device))
     if consensus.num_ranks > 1:
         description = [f"{n}: {tuple(t.shape)} {t.dtype}" for n, t in model.state_dict().items()]
         description += [f"{len(data.train)} training samples", f"split {parts[0][:5]}..."]
@@ -276,6 +270,22 @@ def _make_trainer(config: Config, data: TrainTest, parts: Parts, consensus: Cons
         plan=TrainingPlan.of(config),
         consensus=consensus,
     )
+
+
+def _make_model(config: Config, train: Dataset, device: torch.device) -> nn.Module:
+    target = config.model._target_
+    model = build_model(
+        target,
+        target_arguments(config.model),
+        input_shape=train.input_shape,
+        num_classes=train.num_classes,
+        seed=config.seed,
+    ).to(device, DTYPES[config.dtype])
+    try:
+        require_fit(model, _placed(train.select([0]), device=device))
+    except ValueError as error:
+        raise ValueError(f"`model._target_` {target} does not fit data={config.data.name}: {error}") from error
+    return model
 
 
 def _shard(config: Config, train: Dataset, indices: list[int], worker: int, device: torch.device) -> Dataset:

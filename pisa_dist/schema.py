@@ -99,10 +99,14 @@ class LibsvmData(DataConfig):
 
 @dataclass
 class CustomData(DataConfig):
-    """`_target_` names a callable that returns (train, test); further keys are its arguments."""
+    """`_target_` names a callable that returns (train, test); further keys are its arguments.
+
+    Its inputs become floating point, but `keep_integers` leaves whole numbers, such as those of tokens, as they are.
+    """
 
     name: str = "custom"
     _target_: str = MISSING
+    keep_integers: bool = False
 
 
 @dataclass
@@ -367,6 +371,10 @@ def validate(config: Config, *, num_ranks: int = 1) -> None:
         checkpoint.find(Path(str(config.resume)), verify=False)
     if isinstance(config.data, CustomData):
         resolve_custom(config.data._target_, target_arguments(config.data))
+        if config.data.keep_integers and isinstance(config.split, FeatureNoiseSplit):
+            raise ValueError(
+                "`data.keep_integers` must be false with split=feature_noise, got true: noise is no integer"
+            )
     if isinstance(config.data, LibsvmData):
         config.data.train_file, config.data.test_file = (
             str(_found(config.data, name)) for name in ("train_file", "test_file")

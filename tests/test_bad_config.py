@@ -212,6 +212,7 @@ BAD_SETTINGS: dict[str, tuple[str, ...]] = {
     "+model.width=3": ("`model.width`", "hidden_sizes"),
     "model=cnn +model.width=3": ("`model.width`", "num_classes"),
     "data=custom data._target_=nowhere.load": ("`data._target_`", "'nowhere.load'"),
+    "data=custom data._target_=time.time data.keep_integers=true split=feature_noise": ("`data.keep_integers`", "true"),
     "data=custom data._target_=math.pi": ("`data._target_`", "'math.pi'"),
     "algorithm=synchronous +algorithm.optimizer_options.foo=1": ("`algorithm.optimizer_options.foo`", "AdamW"),
     "algorithm=synchronous +algorithm.optimizer_options.lr=1": ("`algorithm.optimizer_options.lr`", "AdamW"),

@@ -43,8 +43,8 @@ class Dataset:
     """Samples of a classification problem, in memory.
 
     Attributes:
-        inputs: features, shape [n, *input_shape]: float32 as read, in the run's type (`dtype`) once loaded for it;
-            integers, such as token numbers, are of the caller's making and stay so.
+        inputs: features, shape [n, *input_shape]: float32 as read, in the run's type (`dtype`) once loaded for it; or
+            integers, such as token numbers, which stay so.
         targets: classes, int64, shape [n], in 0..num_classes-1.
         num_classes: C >= 1.
     """
@@ -210,17 +210,18 @@ def libsvm(train_file: str | Path, test_file: str | Path) -> TrainTest:
     return TrainTest(train, test)
 
 
-def custom(target: str, arguments: Mapping[str, Any]) -> TrainTest:
+def custom(target: str, arguments: Mapping[str, Any], *, keep_integers: bool = False) -> TrainTest:
     """What a function of the user's returns, as a data set.
 
     Args:
         target: dotted path of the function, such as "my_package.my_module.load".
         arguments: its keyword arguments.
+        keep_integers: whether inputs that are integers, such as token numbers, become int64 instead of float32.
 
     Returns:
         The function's pair (train, test). Each of the two is a tuple (inputs, targets) of arrays or tensors of
-        shapes [n, ...] and [n], or a map-style torch data set of (input, target) pairs. Inputs become float32;
-        the largest target plus one is the number of classes.
+        shapes [n, ...] and [n], or a map-style torch data set of (input, target) pairs. Inputs become float32, but
+        see `keep_integers`; the largest target plus one is the number of classes.
 
     Raises:
         ValueError: there is no such function, it does not take the arguments, or it returns something else:
@@ -230,13 +231,17 @@ def custom(target: str, arguments: Mapping[str, Any]) -> TrainTest:
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise ValueError(f"`data._target_` {target} must return (train, test), got {type(pair).__name__}")
     names = [f"`data._target_` {target}, {part} set" for part in ("train", "test")]
-    samples = [readers.read_object(part, name) for part, name in zip(pair, names, strict=True)]
+    samples = [
+        readers.read_object(part, name, keep_integers=keep_integers) for part, name in zip(pair, names, strict=True)
+    ]
     num_classes = max(1, 1 + max(int(targets.max()) for _, targets in samples))
     train, test = (Dataset(inputs, targets, num_classes) for inputs, targets in samples)
     for dataset, name in zip((train, test), names, strict=True):
         dataset.validate(name)
     if train.input_shape != test.input_shape:
         raise ValueError(f"{names[1]}: expected inputs of {train.input_shape} as in train, found {test.input_shape}")
+    if train.inputs.dtype != test.inputs.dtype:
+        raise ValueError(f"{names[1]}: expected {train.inputs.dtype} inputs as in train, found {test.inputs.dtype}")
     return TrainTest(train, test)
 
 

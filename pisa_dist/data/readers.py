@@ -152,12 +152,13 @@ def read_libsvm(path: Path) -> SparseSamples:
     return SparseSamples(features, values.astype(np.int64))
 
 
-def read_object(part: object, name: str) -> tuple[Tensor, Tensor]:
-    """Inputs [n, ...], float32, and targets [n], int64, of a set that a user's function returned.
+def read_object(part: object, name: str, *, keep_integers: bool = False) -> tuple[Tensor, Tensor]:
+    """Inputs [n, ...], float32 or int64, and targets [n], int64, of a set that a user's function returned.
 
     Args:
         part: a tuple (inputs, targets) of arrays or tensors, or a map-style data set of (input, target) pairs.
         name: what messages call it.
+        keep_integers: whether integer inputs stay integers.
 
     Raises:
         ValueError: something else, no samples, targets that are not a vector of integers, or inputs that are
@@ -179,7 +180,8 @@ def read_object(part: object, name: str) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"{name}: expected real inputs of shape [n, ...], found {inputs.dtype} of shape {list(inputs.shape)}"
         )
-    return inputs.to(torch.float32), targets.to(torch.int64)
+    is_integer = not inputs.is_floating_point() and inputs.dtype != torch.bool
+    return inputs.to(torch.int64 if keep_integers and is_integer else torch.float32), targets.to(torch.int64)
 
 
 def _stack_pairs(pairs: Any, name: str) -> tuple[Tensor, Tensor]:

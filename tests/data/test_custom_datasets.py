@@ -76,6 +76,23 @@ def test_a_users_function_may_return_arrays_tensors_or_map_style_sets(part: Any,
     assert test.input_shape == train.input_shape == (2, 2)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(np.uint8, torch.int64), (np.int32, torch.int64), (np.float64, torch.float32), (np.bool_, torch.float32)],
+)
+def test_integers_are_kept_where_that_is_asked_for(dtype: Any, expected: Any, install: Callable[[Any], str]) -> None:
+    part = (np.array([[0, 1, 1], [1, 0, 1]], dtype=dtype), np.array([0, 1]))
+    train, test = custom(install(lambda: (part, part)), {}, keep_integers=True)
+    assert (train.inputs.dtype, test.inputs.dtype) == (expected, expected)
+    assert train.inputs.tolist() == [[0, 1, 1], [1, 0, 1]]
+
+
+def test_integers_in_one_part_alone_are_refused(install: Callable[[Any], str], refused: Refused) -> None:
+    target = install(lambda: ((np.ones((2, 3), dtype=int), np.array([0, 1])), GOOD))
+    message = refused(ValueError, lambda: custom(target, {}, keep_integers=True))
+    assert "test set: expected torch.int64 inputs as in train, found torch.float32" in message
+
+
 GOOD = (np.zeros((2, 3)), np.array([0, 1]))
 
 
