@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from commands import run_main
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -429,17 +430,6 @@ def test_the_ends_of_a_range_are_where_the_table_says(knob: Knob) -> None:
     low = max(low, 0.1) if knob.key == "participation" else low
     value = str(int(low)) if knob.integer else repr(float(low))
     validate(to_config(compose("config", overrides=[*knob.with_, f"{knob.key}={value}"])))
-
-
-def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """`pisa-train` in this process; its exit status."""
-    monkeypatch.setattr(sys, "argv", ["pisa-train", *arguments])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    GlobalHydra.instance().clear()
-    with pytest.raises(SystemExit) as exit_info:
-        main()
-    assert isinstance(exit_info.value.code, int)
-    return exit_info.value.code
 
 
 FROM_THE_COMMAND_LINE = {

@@ -1,31 +1,28 @@
 """The command line as users type it: real processes, alone and under torchrun, from composing to the run directory."""
 
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from commands import SMALL, TrainHere, assert_same_metrics, errors, execute, job_of, read_metrics, train
+from commands import train_here as train_here  # a fixture
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from matplotlib.image import imread
 
-from pisa_dist import runner
-from pisa_dist.progress import Progress
 from pisa_dist.schema import as_plain
-from pisa_dist.train import config_directory, main, register_schemas
+from pisa_dist.train import config_directory, register_schemas
 
 pytestmark = pytest.mark.timeout(300)
 
+
 ROOT = Path(__file__).resolve().parents[1]
+
+
 METRICS = [
     "round",
     "train_loss",
@@ -38,90 +35,6 @@ METRICS = [
     "primal_residual",
     "dual_residual",
 ]
-LAUNCHERS_OWN = re.compile(r"RANK|WORLD_SIZE|LOCAL_|GROUP_|ROLE_|MASTER_|TORCHELASTIC|SLURM_|HYDRA_FULL_ERROR")
-SMALL = ("data.num_train=400", "model.hidden_sizes=[16]", "split=dirichlet", "batch_size=16")
-TrainHere = Callable[..., int]
-
-
-def execute(
-    command: list[str], *, cwd: Path, environment: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run a command and whatever it starts; all of it is gone afterwards, also when it hangs."""
-    clean = {key: value for key, value in os.environ.items() if not LAUNCHERS_OWN.match(key)}
-    with subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=clean | {"OMP_NUM_THREADS": "1"} | dict(environment or {}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=90)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-
-def train(
-    *arguments: str, cwd: Path, num_ranks: int | None = None, environment: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """`python -m pisa_dist.train`, or the same under torchrun."""
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), "-m"] if num_ranks else []
-    return execute([sys.executable, "-m", *launcher, "pisa_dist.train", *arguments], cwd=cwd, environment=environment)
-
-
-@pytest.fixture
-def train_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TrainHere]:
-    """The command line in this process and in `tmp_path`, which saves the start, without figures; the exit status."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(runner, "draw_run", lambda path: [])
-    modules = set(sys.modules)
-
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["pisa-train", *arguments])
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-        GlobalHydra.instance().clear()
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        assert isinstance(exit_info.value.code, int)
-        return exit_info.value.code
-
-    yield run
-    for name in set(sys.modules) - modules:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
-            del sys.modules[name]
-
-
-def errors(stderr: str) -> list[str]:
-    return [line for line in stderr.splitlines() if line.startswith("pisa-train: error: ")]
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_time(run_dir: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in read_metrics(run_dir)]
-
-
-def assert_same_metrics(run_dir: Path, reference: Path, *, rel: float) -> None:
-    lines, expected = without_time(run_dir), without_time(reference)
-    assert len(lines) == len(expected) > 0
-    for line, wanted in zip(lines, expected, strict=True):
-        assert list(line) == list(wanted)
-        for key, value in wanted.items():
-            found = line[key]
-            assert found == (pytest.approx(value, rel=rel, abs=0) if isinstance(value, float) else value), (wanted, key)
-
-
-def job_of(sweep: Path, override: str) -> Path:
-    """The run directory of the one job in a sweep that had this override."""
-    (found,) = (path for path in sweep.iterdir() if override in path.name.split(","))
-    return found
 
 
 def test_one_command_writes_the_whole_run_directory(tmp_path: Path) -> None:
@@ -342,7 +255,11 @@ class Net(nn.Module):
     def forward(self, inputs):
         return self.head(self.hidden(inputs).relu())
 """
+
+
 OWN_DATA = ("data=custom", "data._target_=custom_task.load", "+data.size=90")
+
+
 OWN_MODEL = ("model=custom", "model._target_=custom_task.Net", "+model.width=7")
 
 
@@ -359,71 +276,6 @@ def test_data_and_model_may_come_from_a_file_in_the_working_directory(entry: str
     assert summary["model"] == "custom_task.Net"
 
 
-@pytest.mark.parametrize(
-    "settings", [("participation=0.5",), ("algorithm=synchronous",), ("algorithm=nsisa",)], ids=" ".join
-)
-def test_a_run_that_was_interrupted_goes_on_as_if_nothing_had_happened(
-    settings: tuple[str, ...], tmp_path: Path, train_here: TrainHere, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    common = ("rounds=8", "eval_every=1", "num_workers=6", "checkpoint.every=2", *settings, *SMALL)
-    assert train_here(*common, "run_dir=straight") == 0
-
-    def interrupt(self: Progress, round_number: int, train_loss: float) -> None:
-        if round_number == 6:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Progress, "advance", interrupt)
-        assert train_here(*common, "run_dir=run") == 130
-    assert [line["round"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
-    assert train_here(*common, "run_dir=run", "resume=auto") == 0
-    assert without_time(tmp_path / "run") == without_time(tmp_path / "straight")
-    assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "completed"
-
-
-def test_a_finished_run_goes_on_for_more_rounds_bit_for_bit(tmp_path: Path, train_here: TrainHere) -> None:
-    common = ("eval_every=2", "num_workers=6", "checkpoint.every=2", *SMALL)
-    assert train_here(*common, "rounds=8", "run_dir=straight") == 0
-    assert train_here(*common, "rounds=4", "run_dir=run") == 0
-    assert train_here(*common, "rounds=8", "run_dir=run", "resume=auto") == 0
-    assert without_time(tmp_path / "run") == without_time(tmp_path / "straight")
-    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["rounds"] == 8
-
-
-def test_a_run_goes_on_from_one_rank_to_two_and_back(tmp_path: Path, train_here: TrainHere) -> None:
-    common = ("eval_every=2", "num_workers=5", "checkpoint.every=2", "participation=0.6", "dtype=float64", *SMALL)
-    assert train_here(*common, "rounds=10", "run_dir=straight") == 0
-    assert train_here(*common, "rounds=4", "run_dir=run") == 0
-    done = train(*common, "rounds=8", "run_dir=run", "resume=auto", cwd=tmp_path, num_ranks=2)
-    assert done.returncode == 0, done.stderr
-    assert train_here(*common, "rounds=10", "run_dir=run", "resume=auto") == 0
-    assert_same_metrics(tmp_path / "run", tmp_path / "straight", rel=1e-10)
-
-
-def test_resume_takes_the_path_of_another_run(tmp_path: Path, train_here: TrainHere) -> None:
-    common = ("eval_every=2", "num_workers=4", "checkpoint.every=2", *SMALL)
-    assert train_here(*common, "rounds=6", "run_dir=straight") == 0
-    assert train_here(*common, "rounds=4", "run_dir=first") == 0
-    assert train_here(*common, "rounds=6", "run_dir=second", "resume=first") == 0
-    assert without_time(tmp_path / "second") == without_time(tmp_path / "straight")[2:]
-    third = ("rounds=6", "run_dir=third", "resume=first/checkpoints/round_000002")
-    assert train_here(*common, *third) == 0
-    assert without_time(tmp_path / "third") == without_time(tmp_path / "straight")[1:]
-
-
-def test_a_checkpoint_of_another_method_is_refused(
-    tmp_path: Path, train_here: TrainHere, capfd: pytest.CaptureFixture[str]
-) -> None:
-    tiny = ("rounds=2", "num_workers=2", "checkpoint.every=2", *SMALL)
-    assert train_here(*tiny, "run_dir=first") == 0
-    capfd.readouterr()
-    for change, named in (("algorithm=pisa", "pisa"), ("num_workers=3", "3"), ("dtype=float64", "float64")):
-        assert train_here(*tiny, change, f"run_dir={named}", "resume=first") == 2
-        (line,) = errors(capfd.readouterr().err)
-        assert "`resume`" in line
-        assert named in line
-
-
 def test_the_report_compares_two_runs(tmp_path: Path, train_here: TrainHere) -> None:
     tiny = ("rounds=2", "eval_every=1", "num_workers=2", *SMALL)
     assert train_here(*tiny, "run_dir=runs/first") == 0
@@ -435,86 +287,6 @@ def test_the_report_compares_two_runs(tmp_path: Path, train_here: TrainHere) -> 
     pictures = list((tmp_path / "runs/report").glob("*.png"))
     assert pictures
     assert all(imread(picture).ndim == 3 for picture in pictures)
-
-
-POISON = """
-import numpy as np
-import torch
-from torch import nn
-
-
-def load():
-    targets = np.arange(80) % 4
-    inputs = np.random.default_rng(0).normal(size=(80, 3)) + targets[:, None]
-    test = inputs.copy(), targets
-    inputs[2, 0] = 1000.0  # a sample of class 2
-    return (inputs, targets), test
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(3, 4)
-
-    def forward(self, inputs):
-        return self.head(torch.where(inputs > 500, torch.nan, inputs))
-"""
-POISONED = (
-    "data=custom",
-    "data._target_=poison.load",
-    "model=custom",
-    "model._target_=poison.Net",
-    "split=label_k",
-    "num_workers=4",
-    "batch_size=5",
-    "rounds=8",
-    "eval_every=1",
-    "dtype=float64",
-)
-SKIPPED = re.compile(r"^round (\d+): .*non-finite gradient on worker 2 in head\.weight.* skipped$", re.MULTILINE)
-
-
-def test_a_gradient_that_is_not_a_number_ends_the_run_in_a_line_that_names_worker_and_parameter(
-    tmp_path: Path, train_here: TrainHere, capfd: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "poison.py").write_text(POISON)
-    assert train_here(*POISONED, "batch_size=20", "run_dir=run") == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("pisa-train: error: non-finite gradient on worker 2 in head.weight in round 1")
-
-
-def test_a_round_with_a_gradient_that_is_not_a_number_is_skipped_on_request(
-    tmp_path: Path, train_here: TrainHere, capfd: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "poison.py").write_text(POISON)
-    assert train_here(*POISONED, "on_nonfinite=skip", "run_dir=run") == 0
-    skipped = {int(number) for number in SKIPPED.findall(capfd.readouterr().err)}
-    assert 0 < len(skipped) < 8
-    metrics = read_metrics(tmp_path / "run")
-    assert [line["round"] for line in metrics] == list(range(1, 9))
-    assert {line["round"] for line in metrics if line["train_loss"] is None} == skipped
-    for before, line in pairwise(metrics):
-        assert (line["test_loss"] == before["test_loss"]) == (line["round"] in skipped)
-
-
-@pytest.mark.parametrize("order", ["skip,raise", "raise,skip"])
-def test_two_ranks_refuse_the_same_gradients_and_a_sweep_goes_on_after_a_failed_job(
-    order: str, tmp_path: Path, train_here: TrainHere
-) -> None:
-    (tmp_path / "poison.py").write_text(POISON)
-    assert train_here(*POISONED, "on_nonfinite=skip", "run_dir=alone") == 0
-    done = train("--multirun", *POISONED, f"on_nonfinite={order}", "run_dir=together", cwd=tmp_path, num_ranks=2)
-    assert done.returncode != 0
-    lines = errors(done.stderr)
-    assert lines
-    assert all(line.count("pisa-train: error: ") == 1 for line in lines)
-    assert all(re.search(r"error: non-finite gradient on worker 2 in head\.weight", line) for line in lines)
-    assert "in _train" not in done.stderr  # the only traceback is torchrun's own
-    skipping = job_of(tmp_path / "together", "on_nonfinite=skip")
-    assert_same_metrics(skipping, tmp_path / "alone", rel=1e-9)
-    assert (skipping / "summary.json").is_file()
-    assert len(list((skipping / "figures").glob("*.png"))) == 4
-    assert not (job_of(tmp_path / "together", "on_nonfinite=raise") / "summary.json").exists()
 
 
 def test_an_installed_wheel_brings_its_configs(tmp_path: Path) -> None:

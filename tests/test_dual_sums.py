@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
+from local_optimizers import finish, make_net, shard_of, train_on_shard
 from problems import make_trainer
 from test_checkpoint import save
-from test_optim_local import finish, make_net, shard_of, train_on_shard
 from torch import nn
 
 from pisa_dist import PISA, checkpoint
