@@ -63,7 +63,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def require_fit(model: nn.Module, dataset: Dataset) -> None:
+def require_logits(model: nn.Module, dataset: Dataset) -> None:
     """Refuse a model that cannot classify the samples of a data set; tried on the first.
 
     Args:

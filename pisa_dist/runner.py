@@ -21,7 +21,7 @@ from pisa_dist.data.skew import class_counts, skew_measures
 from pisa_dist.data.splits import SPLITS
 from pisa_dist.distributed import launched_ranks, on_every_rank, on_first_rank, require_same, select_device
 from pisa_dist.guards import RankError
-from pisa_dist.metrics import require_fit
+from pisa_dist.metrics import require_logits
 from pisa_dist.models import build_model
 from pisa_dist.preemption import Preempted, StopRequest
 from pisa_dist.progress import Progress
@@ -282,7 +282,7 @@ def _make_model(config: Config, train: Dataset, device: torch.device) -> nn.Modu
         seed=config.seed,
     ).to(device, DTYPES[config.dtype])
     try:
-        require_fit(model, _placed(train.select([0]), device=device))
+        require_logits(model, _placed(train.select([0]), device=device))
     except ValueError as error:
         raise ValueError(f"`model._target_` {target} does not fit data={config.data.name}: {error}") from error
     return model

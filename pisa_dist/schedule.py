@@ -83,8 +83,9 @@ class Schedule:
             number: of the round.
             one_pass_rounds: how many rounds, from the first, need one pass only, as far as that is known before it.
         """
-        known = min(one_pass_rounds, self._last.number) == min(self._one_pass_rounds, self._last.number)
-        if self._last.number > number or not known:
+        # What was found up to the last round holds if the same ones up to it needed one pass.
+        is_known = min(one_pass_rounds, self._last.number) == min(self._one_pass_rounds, self._last.number)
+        if self._last.number > number or not is_known:
             self._last = self._start
         self._one_pass_rounds = one_pass_rounds
         if self._last.number < number and not (self._plan.availability.is_limited or self._plan.clock.is_running):

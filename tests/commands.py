@@ -19,9 +19,7 @@ from pisa_dist.train import main
 
 LAUNCHERS_OWN = re.compile(r"RANK|WORLD_SIZE|LOCAL_|GROUP_|ROLE_|MASTER_|TORCHELASTIC|SLURM_|HYDRA_FULL_ERROR")
 
-
 SMALL = ("data.num_train=400", "model.hidden_sizes=[16]", "split=dirichlet", "batch_size=16")
-
 
 TrainHere = Callable[..., int]
 

@@ -7,9 +7,7 @@ from pisa_dist.benchmark.protocols import PROTOCOLS, Cell
 
 QUICK = PROTOCOLS["quick"]
 
-
 CELL, OTHER, THIRD = Cell("digits", "label_1", 1.0), Cell("digits", "iid", 0.3), Cell("digits", "label_2", 0.3)
-
 
 TINY = ("data.num_train=200", "model.hidden_sizes=[8]", "rounds=3", "eval_every=2", "local_steps=2", "batch_size=20")
 

@@ -18,7 +18,6 @@ from commands import train_here as train_here  # a fixture
 
 PATIENCE = 200.0  # seconds, for a machine that has much else to do
 
-
 FRAGILE = """
 import os
 import signal
@@ -51,7 +50,6 @@ def fill():
                     file.write(bytes(size))
             except OSError:
                 pass
-
 
 EVENTS = {
     "kill": lambda: send(signal.SIGKILL),
@@ -102,7 +100,6 @@ if Path("summary is slow").exists() and RANK == 0:
     RunDirectory.write_summary = write_late
 """
 
-
 COMMON = (
     "model=custom",
     "model._target_=fragile.Net",
@@ -115,7 +112,6 @@ COMMON = (
     "checkpoint.every=3",
     "vectorize=false",  # the model counts its calls, one a worker and round
 )
-
 
 ROUNDS = "rounds=12"
 

@@ -74,6 +74,12 @@ def run_ranks(function, num_ranks, *args, timeout=240):
     return [results[rank] for rank in range(num_ranks)]
 
 
+def run_cases(every_case, num_ranks):
+    """`run_ranks` of a function that returns outcomes by the name of a case: case -> its outcome on each rank."""
+    by_rank = run_ranks(every_case, num_ranks)
+    return lambda case: [outcomes[case.__name__] for outcomes in by_rank]
+
+
 def _receive(receiver, rank):
     try:
         return pickle.loads(receiver.recv_bytes())

@@ -21,7 +21,6 @@ TINY = (
     "checkpoint.every=1",
 )
 
-
 OWN_DATA = """
 import numpy as np
 
@@ -31,7 +30,6 @@ def three_classes():
     inputs, targets = generator.normal(size=(100, 64)), np.arange(100) % 3
     return (inputs, targets), (inputs, targets)
 """
-
 
 Launch = Callable[..., str]
 

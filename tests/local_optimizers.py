@@ -11,7 +11,6 @@ from pisa_dist.metrics import cross_entropy
 
 STEPS = 4
 
-
 CASES = {  # settings of trainer and optimizer alike
     "none": {"metric": "none", "penalty": 3.0, "preconditioner_scale": 5.0, "relaxation": 0.6},
     "adam": {"metric": "adam", "penalty": 50.0, "metric_rounds": 2, "metric_interval": 3, "eps": 1e-6},

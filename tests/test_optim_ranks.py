@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_ranks
+from harness import run_cases, run_ranks
 from optimizers import (
     SETTINGS,
     assert_same_bits,
@@ -41,8 +41,7 @@ def every_case_on_two_ranks(rank, num_ranks):
 @pytest.fixture(scope="module")
 def two_ranks():
     """What a case returned on rank 0 and on rank 1."""
-    by_rank = run_ranks(every_case_on_two_ranks, 2)
-    return lambda case: [outcome[case.__name__] for outcome in by_rank]
+    return run_cases(every_case_on_two_ranks, 2)
 
 
 def one_collective_each_step(rank):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pisa_dist.metrics import require_fit
+from pisa_dist.metrics import require_logits
 from pisa_dist.runner import load_data, trainer_alone
 from pisa_dist.train import compose_config
 
@@ -99,7 +99,7 @@ def test_trying_a_model_leaves_its_buffers_modes_and_random_state_what_they_were
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    require_fit(model, train_set)
+    require_logits(model, train_set)
     assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [module.training for module in model] == [True, True, False, True, True]

@@ -26,6 +26,7 @@ from pisa_dist.runner import load_data, trainer_alone
 from pisa_dist.train import compose_config
 
 HERE = Path(__file__).parent
+LINES = HERE / "studies.jsonl"
 PROTOCOL = PROTOCOLS["quick"]
 NUM_TRAIN = 10_000
 SEEDS = (0, 1, 2)
@@ -134,11 +135,12 @@ def budgets() -> list[tuple[dict[str, object], list[str]]]:
 
     How many fit is read from the runs of `stragglers`.
     """
-    lines = [json.loads(line) for line in (HERE / "studies.jsonl").read_text().splitlines()]
-    runs = [x for x in lines if (x["study"], x["method"], x.get("wait")) == ("stragglers", OURS, "slowest")]
+    runs = [x for x in kept_lines() if (x["study"], x["method"], x.get("wait")) == ("stragglers", OURS, "slowest")]
+    if not runs:
+        raise SystemExit("budgets needs PISA's runs of stragglers, and studies.jsonl has none: run that study first")
     tasks = []
     for run in runs:
-        for budget in PERIODS[2:]:
+        for budget in PERIODS[2:]:  # in less than those a few rounds fit at most
             rounds = sum(seconds <= budget * run["steps"] + 1e-9 for _, _, seconds in run["curve"])
             facts = {**{key: run[key] for key in ("method", "split", "seed", "wait", "steps")}, "budget": budget}
             clock = [f"clock.speed_spread={SPEED_SPREAD}", f"eval_every={rounds}", f"rounds={rounds}"]
@@ -154,6 +156,11 @@ def workers() -> list[tuple[dict[str, object], list[str]]]:
          overrides(OURS, "iid", 1.0, 0, f"num_workers={m}", *extra))
         for m in (10, 100, 1000)
     ]  # fmt: skip
+
+
+def kept_lines() -> list[dict]:
+    """The lines of studies.jsonl, of which there may be none."""
+    return [json.loads(line) for line in LINES.read_text().splitlines()] if LINES.exists() else []
 
 
 def tables(lines: list[dict]) -> str:
@@ -226,8 +233,7 @@ def main() -> None:
     parser.add_argument("studies", nargs="+", choices=known)
     parser.add_argument("--method", nargs="+", choices=(OURS, *BASELINES), default=(OURS, *BASELINES))
     arguments = parser.parse_args()
-    path = HERE / "studies.jsonl"
-    kept = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    kept = kept_lines()
     for name in arguments.studies:
         tasks = [task for task in known[name]() if task[0]["method"] in arguments.method]
         lines: list[dict] = []
@@ -241,7 +247,7 @@ def main() -> None:
                     lines.append(finished.value)
                     print(f"{name}: {len(lines)} done, {len(tasks)} to go", flush=True)
         kept = [x for x in kept if x["study"] != name or x["method"] not in arguments.method] + lines
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        LINES.write_text("".join(json.dumps(line) + "\n" for line in kept))
         (HERE / "studies.md").write_text(tables(kept))
     print(tables(kept))
 

@@ -57,7 +57,8 @@ class PisaAuto(Algorithm):
         return PisaLocal().dual_counts_if
 
     def one_pass_rounds(self, shared: State) -> float:  # noqa: D102 - as in Algorithm
-        return local_steps_begun(shared) - 1 if local_steps_begun(shared) else math.inf
+        begun = local_steps_begun(shared)
+        return begun - 1 if begun else math.inf
 
     def without_sums(self, shared: State) -> State:  # noqa: D102 - as in Algorithm
         return PisaLocal().without_sums(shared)
